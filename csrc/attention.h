@@ -1,0 +1,54 @@
+// The flat attention problem that every CPU kernel receives: pointers, sizes, strides. No torch headers here.
+//
+//   S(i, j) = softcap(scale * q_i . k_j) + dense(b, h, i, j) + diag(h, index[distance + k_len - 1])
+//   distance = j - (i + k_len - q_len); key j is visible when -left <= distance <= right and lo_i <= j < hi_i and mask(i, j)
+//   P = dropout(softmax(S, with sinks as one more logit)), out = P v, lse = log(sum(exp(S)))
+#pragma once
+#include <cstdint>
+
+namespace pyext {
+
+enum class DType : int { f32, bf16, f16, f64 };
+
+// A (batch, head, row, feature) tensor with unit feature stride; strides are in elements, 0 broadcasts.
+template <class Pointer>
+struct Strided {
+  Pointer data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+using Input = Strided<const void*>;
+using Output = Strided<void*>;
+
+struct AttentionProblem {
+  DType dtype = DType::f32;  // of query, key, value, out and their gradients; "accumulator type": f64 for f64, else f32
+  int64_t batch = 0, heads = 0, kv_heads = 0, q_len = 0, k_len = 0, head_dim = 0, value_dim = 0;
+  Input query, key, value;
+  Output out;
+  void* lse = nullptr;  // (batch, heads, q_len) contiguous, accumulator type, natural logarithm
+
+  Input dense;  // unit last stride, broadcast dimensions have stride 0
+  DType dense_dtype = DType::f32;
+  const void* diag = nullptr;  // (heads or 1, diag_rows) contiguous, accumulator type
+  int64_t diag_heads = 0, diag_rows = 0;
+  const int32_t* diag_index = nullptr;  // (q_len + k_len - 1,), or null for the identity
+  Input mask;                           // bytes, non-zero = attend
+  const int32_t* intervals = nullptr;   // (batch or 1, q_len, 2): [lo, hi)
+  int64_t intervals_batch = 0;          // batch stride in elements, 0 broadcasts
+  const void* sinks = nullptr;          // (heads,), accumulator type
+  const int32_t* cu_seqlens_q = nullptr;  // (sequences + 1,): sequences packed along the rows; then batch is 1
+  const int32_t* cu_seqlens_k = nullptr;
+  int64_t sequences = 0;
+  int64_t left = 0, right = 0;
+  double scale = 1, softcap = 0, dropout_p = 0;
+  uint64_t seed = 0;
+
+  // Backward only.
+  Input grad_out;
+  const void* grad_lse = nullptr;                // like lse, may be null
+  Output grad_query, grad_key, grad_value;
+  Output grad_dense;           // accumulator type, zeroed, summed over dimensions of stride 0; null: not wanted
+  void* grad_diag = nullptr;   // like diag; null: not wanted
+  void* grad_sinks = nullptr;  // like sinks; null: not wanted
+};
+
+}  // namespace pyext

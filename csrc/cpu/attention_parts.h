@@ -1,0 +1,258 @@
+// What the forward, backward and decode kernels share: which keys a row sees, the terms added to a score, dropout.
+// Scores are kept in base-2 units (multiplied by log2 e), so that the softmax is one exp2 without a scale.
+#pragma once
+#include "gemm.h"
+
+namespace pyext {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+// One sequence: a batch entry, or a range of rows of a packed (varlen) problem.
+struct Span {
+  int64_t batch, q_begin, q_len, k_begin, k_len;
+};
+INLINE int64_t span_count(const AttentionProblem& p) { return p.cu_seqlens_q ? p.sequences : p.batch; }
+INLINE Span span_of(const AttentionProblem& p, int64_t n) {
+  if (!p.cu_seqlens_q) return {n, 0, p.q_len, 0, p.k_len};
+  int64_t q = p.cu_seqlens_q[n], k = p.cu_seqlens_k[n];
+  return {0, q, p.cu_seqlens_q[n + 1] - q, k, p.cu_seqlens_k[n + 1] - k};
+}
+struct Longest {
+  int64_t q, k;
+};
+inline Longest longest_span(const AttentionProblem& p) {
+  if (!p.cu_seqlens_q) return {p.q_len, p.k_len};
+  Longest longest{0, 0};
+  for (int64_t n = 0; n < p.sequences; ++n) {
+    Span s = span_of(p, n);
+    longest = {max_of(longest.q, s.q_len), max_of(longest.k, s.k_len)};
+  }
+  return longest;
+}
+
+INLINE const char* row_address(const Input& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return (const char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
+}
+INLINE char* row_address(const Output& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return (char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
+}
+INLINE int64_t lse_index(const AttentionProblem& p, const Span& s, int64_t head) {
+  return (s.batch * p.heads + head) * p.q_len + s.q_begin;
+}
+
+// ---- which keys a row sees ----
+
+struct Range {
+  int32_t lo, hi;  // [lo, hi); empty is (0, 0)
+};
+INLINE Range intersect(Range a, Range b) {
+  Range r{max_of(a.lo, b.lo), min_of(a.hi, b.hi)};
+  return r.lo < r.hi ? r : Range{0, 0};
+}
+
+// The part of a byte mask that one (batch, head) needs. A mask that is the same for every row (key padding) shrinks the
+// range of keys; when that range has no hole, the mask has nothing left to say.
+struct HeadMask {
+  const uint8_t* data;  // null: no test needed inside `keys`
+  int64_t row;
+  Range keys;
+};
+INLINE HeadMask byte_mask(const AttentionProblem& p, const Span& s, int64_t head) {
+  if (!p.mask.data) return {nullptr, 0, {0, int32_t(s.k_len)}};
+  return {(const uint8_t*)p.mask.data + s.batch * p.mask.batch + head * p.mask.head, p.mask.row, {0, int32_t(s.k_len)}};
+}
+inline HeadMask head_mask(const AttentionProblem& p, const Span& s, int64_t head) {
+  HeadMask m = byte_mask(p, s, head);
+  if (!m.data || (m.row != 0 && s.q_len > 1)) return m;
+  int64_t lo = 0, hi = s.k_len;
+  while (lo < hi && !m.data[lo]) ++lo;
+  while (lo < hi && !m.data[hi - 1]) --hi;
+  const bool hole = lo < hi && memchr(m.data + lo, 0, size_t(hi - lo));
+  return {hole ? m.data : nullptr, m.row, {int32_t(lo), int32_t(hi)}};
+}
+
+INLINE Range row_range(const AttentionProblem& p, const Span& s, Range keys, int64_t i) {
+  int64_t here = i + s.k_len - s.q_len;
+  int64_t lo = max_of<int64_t>(keys.lo, here - p.left), hi = min_of<int64_t>(keys.hi, here + p.right + 1);
+  if (p.intervals) {
+    const int32_t* interval = p.intervals + s.batch * p.intervals_batch + (s.q_begin + i) * 2;
+    lo = max_of<int64_t>(lo, interval[0]), hi = min_of<int64_t>(hi, interval[1]);
+  }
+  return lo < hi ? Range{int32_t(lo), int32_t(hi)} : Range{0, 0};
+}
+
+// The ranges of a block of query rows, and per group of kRows rows: what any row sees, what every row sees.
+template <int rows>
+struct BlockRanges {
+  static constexpr int groups = rows / kRows;
+  Range row[rows], any[groups], every[groups], all_rows;
+  int64_t count;
+
+  void compute(const AttentionProblem& p, const Span& s, Range keys, int64_t q0, int64_t rows_used) {
+    count = rows_used;
+    all_rows = {INT32_MAX, 0};
+    for (int g = 0; g * kRows < count; ++g) {
+      any[g] = {INT32_MAX, 0}, every[g] = {0, INT32_MAX};
+      for (int i = g * kRows; i < (g + 1) * kRows; ++i) {
+        // Rows that only fill the group repeat the last real one, so that they never force the masked path.
+        Range r = row[i] = i < count ? row_range(p, s, keys, q0 + i) : row[count - 1];
+        if (r.lo < r.hi) any[g] = {min_of(any[g].lo, r.lo), max_of(any[g].hi, r.hi)};
+        every[g] = {max_of(every[g].lo, r.lo), min_of(every[g].hi, r.hi)};
+      }
+      if (any[g].lo < any[g].hi) all_rows = {min_of(all_rows.lo, any[g].lo), max_of(all_rows.hi, any[g].hi)};
+    }
+    if (all_rows.lo >= all_rows.hi) all_rows = {0, 0};
+  }
+};
+
+// ---- the strip: the diagonal bias of one head, expanded over distances, in base-2 units ----
+
+template <class T>
+struct Strips {
+  static constexpr int64_t pad = 128;  // tiles read past the ends; what they read there is masked
+  T* values = nullptr;                 // (heads or 1, pad + length + pad)
+  int32_t* run_end = nullptr;          // last position up to which the index repeats; only with diag_index
+  int64_t length = 0, stride = 0;
+
+  void lay_out(const AttentionProblem& p, Arena& arena) {
+    if (!p.diag) return;
+    length = p.q_len + p.k_len - 1, stride = length + 2 * pad;
+    values = arena.take<T>(p.diag_heads * stride);
+    if (p.diag_index) run_end = arena.take<int32_t>(length);
+  }
+  void fill(const AttentionProblem& p, const Parallel& parallel) {
+    if (!p.diag) return;
+    for_each_task(parallel, p.diag_heads, [&](int64_t h) {
+      const T* from = (const T*)p.diag + h * p.diag_rows;
+      T* to = values + h * stride;
+      for (int64_t t = 0; t < pad; ++t) to[t] = to[pad + length + t] = 0;
+      for (int64_t t = 0; t < length; ++t) to[pad + t] = from[p.diag_index ? p.diag_index[t] : t] * T(1 / kLn2);
+    });
+    if (!run_end) return;
+    for (int64_t t = length - 1; t >= 0; --t)
+      run_end[t] = t + 1 < length && p.diag_index[t] == p.diag_index[t + 1] ? run_end[t + 1] : int32_t(t);
+  }
+  // Address of the value for (i, j) = (0, 0); the value for (i, j) stands at + j - i.
+  const T* origin(const AttentionProblem& p, const Span& s, int64_t head) const {
+    if (!values) return nullptr;
+    return values + (p.diag_heads == 1 ? 0 : head) * stride + pad + position(p, s, 0, 0);
+  }
+  static int64_t position(const AttentionProblem& p, const Span& s, int64_t i, int64_t j) {
+    return j - i - (s.k_len - s.q_len) + p.k_len - 1;
+  }
+  // Do all positions in [first, last] share one table row?
+  INLINE bool constant(int64_t first, int64_t last) const {
+    if (!run_end) return false;
+    first = min_of(max_of<int64_t>(first, 0), length - 1), last = min_of(max_of<int64_t>(last, 0), length - 1);
+    return run_end[first] >= last;
+  }
+};
+
+// ---- the score terms that are not fused into a GEMM's epilogue: softcap, dense bias, byte mask ----
+
+template <class T>
+struct ScoreTerms {
+  DType dense_dtype;
+  const char* dense = nullptr;  // row 0 of this (batch, head)
+  int64_t dense_row_bytes = 0;
+  const uint8_t* mask = nullptr;
+  int64_t mask_row = 0;
+  const T* strip = nullptr;  // see Strips::origin
+  T cap = 0;                 // softcap in base-2 units; 0 = off
+  int64_t k_len = 0;
+
+  bool any() const { return dense || mask || cap != T(0); }
+
+  // s[c] for keys j0 + c, c < n (n a multiple of the width): raw products -> finished scores, hidden keys -> -inf.
+  // With a softcap the raw products are in units of the cap, and cap_slope[c] receives the derivative of tanh.
+  void finish_row(int64_t i, int64_t j0, int64_t n, Range visible, T* s, T* cap_slope) const {
+    constexpr int w = kWidth<T>;
+    const T lowest = sizeof(T) == 4 ? T(-3.402823466e+38) : T(-1.7976931348623157e308);
+    Vec<T> hidden = vset(T(-kInfinity));
+    for (int64_t c = 0; c < n; c += w) {
+      int64_t j = j0 + c, left = k_len - j;
+      Vec<T> x = vload(s + c);
+      if (cap != T(0)) {
+        Vec<T> y = vtanh(x);
+        if (cap_slope) vstore(cap_slope + c, vsub(vset(T(1)), vmul(y, y)));
+        x = vmul(y, vset(cap));
+      }
+      if (dense && left > 0) {
+        const char* p = dense + i * dense_row_bytes + j * element_size(dense_dtype);
+        Vec<T> d = left >= w ? vload_as(dense_dtype, p, T(0)) : vload_some<T>(dense_dtype, p, left);
+        // A finite "minus infinity" (finfo.min, as many trainers use) must stay finite in base-2 units.
+        Vec<T> scaled = vmax(vmul(d, vset(T(1 / kLn2))), vset(lowest));
+        x = vadd(x, select(less(hidden, d), scaled, d));
+      }
+      if (strip) x = vadd(x, vload(strip + j - i));
+      if (mask && left > 0) {
+        const uint8_t* p = mask + i * mask_row + j;
+        uint8_t some[w] = {};
+        if (left < w) memcpy(some, p, size_t(left)), p = some;
+        x = select(nonzero_bytes(p, T(0)), x, hidden);
+      }
+      if (visible.lo > j || visible.hi < j + w) x = select(lanes<T>(visible.lo - j, visible.hi - j), x, hidden);
+      vstore(s + c, x);
+    }
+  }
+};
+
+template <class T>
+ScoreTerms<T> score_terms(const AttentionProblem& p, const Span& s, int64_t head, const HeadMask& mask, const T* strip) {
+  ScoreTerms<T> terms;
+  terms.dense_dtype = p.dense_dtype;
+  if (p.dense.data) {
+    terms.dense = row_address(p.dense, p.dense_dtype, s.batch, head, 0);
+    terms.dense_row_bytes = p.dense.row * element_size(p.dense_dtype);
+  }
+  terms.mask = mask.data, terms.mask_row = mask.row;
+  terms.strip = strip;
+  terms.cap = T(p.softcap / kLn2);
+  terms.k_len = s.k_len;
+  return terms;
+}
+// Multiplies raw q.k: base-2 units, or units of the cap.
+template <class T>
+INLINE T score_scale(const AttentionProblem& p) {
+  return T(p.softcap > 0 ? p.scale / p.softcap : p.scale / kLn2);
+}
+
+// What a block of the byte mask holds, so that hidden blocks are skipped.
+inline bool mask_has_any(const uint8_t* mask, int64_t row_stride, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  for (int64_t i = i0; i < i1; ++i) {
+    const uint8_t* row = mask + i * row_stride;
+    uint8_t any = 0;
+    for (int64_t j = j0; j < j1; ++j) any |= row[j];
+    if (any) return true;
+  }
+  return false;
+}
+
+// ---- dropout: Philox 4x32-10 (Salmon et al. 2011) ----
+// Counter (key / 4, query, head, batch), key (seed); word key % 4 decides. Kept entries are scaled by 1 / (1 - p).
+
+template <class T>
+void dropout_row(const AttentionProblem& p, int64_t batch, int64_t head, int64_t i, int64_t j0, int64_t n, T* factor) {
+  constexpr int w = kWidth<float>;
+  const uint64_t threshold = uint64_t(p.dropout_p * 4294967296.0);
+  const T kept = p.dropout_p < 1 ? T(1 / (1 - p.dropout_p)) : T(0);
+  for (int64_t c = 0; c < n; c += 4 * w) {
+    U x0 = uadd(uiota(), uset(uint32_t((j0 + c) >> 2))), x1 = uset(uint32_t(i)), x2 = uset(uint32_t(head)), x3 = uset(uint32_t(batch));
+    uint32_t key0 = uint32_t(p.seed), key1 = uint32_t(p.seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      U hi0, lo0, hi1, lo1;
+      umul_wide(x0, 0xD2511F53u, hi0, lo0);
+      umul_wide(x2, 0xCD9E8D57u, hi1, lo1);
+      x0 = uxor(uxor(hi1, x1), uset(key0)), x1 = lo1;
+      x2 = uxor(uxor(hi0, x3), uset(key1)), x3 = lo0;
+      key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+    uint32_t words[4][w];
+    ustore(words[0], x0), ustore(words[1], x1), ustore(words[2], x2), ustore(words[3], x3);
+    for (int64_t l = 0; l < 4 * w && c + l < n; ++l) factor[c + l] = words[l & 3][l >> 2] >= threshold ? kept : T(0);
+  }
+}
+
+}  // namespace
+}  // namespace pyext

@@ -1,0 +1,340 @@
+// The vector layer: float and double vectors of the widest kind the translation unit is compiled for.
+// Everything has internal linkage, so that code built for one instruction set can never be linked into another.
+#pragma once
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../attention.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace pyext {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLn2 = 0.69314718055994530942;
+
+template <class T>
+INLINE T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+INLINE T max_of(T a, T b) {
+  return a > b ? a : b;
+}
+INLINE constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+INLINE constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+template <class T>
+struct Vector;
+
+#if defined(__AVX512F__)
+template <>
+struct Vector<float> {
+  using type = __m512;
+  static constexpr int width = 16;
+};
+template <>
+struct Vector<double> {
+  using type = __m512d;
+  static constexpr int width = 8;
+};
+using F = __m512;
+using D = __m512d;
+
+INLINE F vload(const float* p) { return _mm512_loadu_ps(p); }
+INLINE D vload(const double* p) { return _mm512_loadu_pd(p); }
+INLINE void vstore(float* p, F v) { _mm512_storeu_ps(p, v); }
+INLINE void vstore(double* p, D v) { _mm512_storeu_pd(p, v); }
+INLINE F vset(float x) { return _mm512_set1_ps(x); }
+INLINE D vset(double x) { return _mm512_set1_pd(x); }
+INLINE F vfma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE D vfma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
+INLINE F vmul(F a, F b) { return _mm512_mul_ps(a, b); }
+INLINE D vmul(D a, D b) { return _mm512_mul_pd(a, b); }
+INLINE F vadd(F a, F b) { return _mm512_add_ps(a, b); }
+INLINE D vadd(D a, D b) { return _mm512_add_pd(a, b); }
+INLINE F vsub(F a, F b) { return _mm512_sub_ps(a, b); }
+INLINE D vsub(D a, D b) { return _mm512_sub_pd(a, b); }
+INLINE F vdiv(F a, F b) { return _mm512_div_ps(a, b); }
+INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE D vmax(D a, D b) { return _mm512_max_pd(a, b); }
+INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
+INLINE D vmin(D a, D b) { return _mm512_min_pd(a, b); }
+INLINE float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+INLINE double reduce_max(D v) { return _mm512_reduce_max_pd(v); }
+INLINE float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
+INLINE double reduce_add(D v) { return _mm512_reduce_add_pd(v); }
+
+// A set of lanes; lanes(lo, hi) holds those with lo <= lane < hi, for any lo and hi.
+using Lanes = __mmask16;
+template <class T>
+INLINE Lanes lanes(int64_t lo, int64_t hi) {
+  constexpr int64_t w = Vector<T>::width;
+  unsigned below_hi = (1u << max_of<int64_t>(0, min_of(hi, w))) - 1;
+  unsigned below_lo = (1u << max_of<int64_t>(0, min_of(lo, w))) - 1;
+  return Lanes(below_hi & ~below_lo);
+}
+INLINE F select(Lanes m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+INLINE D select(Lanes m, D yes, D no) { return _mm512_mask_blend_pd(__mmask8(m), no, yes); }
+INLINE Lanes nonzero_bytes(const uint8_t* p, float) { return _mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-1)); }
+INLINE Lanes nonzero_bytes(const uint8_t* p, double) { return _mm_test_epi8_mask(_mm_loadl_epi64((const __m128i*)p), _mm_set1_epi8(-1)); }
+INLINE Lanes less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+INLINE Lanes less(D a, D b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
+
+INLINE F load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_f16(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
+INLINE void store_bf16(uint16_t* p, F v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+#else
+  // Round to nearest even on the bits; NaN keeps its top half with the quiet bit set.
+  __m512i x = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd));
+  __m512i quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x400000));
+  rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
+}
+
+// 2^x for the reduced range: degree 3 (7.5e-5, enough for a bf16 result) or 6 (2e-9, below fp32 rounding).
+template <int degree>
+INLINE F vexp2(F x) {
+  F r = _mm512_reduce_ps(x, 0);
+  F n = vsub(x, r);
+  F p;
+  if constexpr (degree == 3) {
+    p = vfma(vset(5.517166907e-02f), r, vset(2.426111222e-01f));
+    p = vfma(p, r, vset(6.932609855e-01f));
+    p = vfma(p, r, vset(9.999280735e-01f));
+  } else {
+    p = vfma(vset(1.546144470e-4f), r, vset(1.340042818e-3f));
+    p = vfma(p, r, vset(9.618056652e-3f));
+    p = vfma(p, r, vset(5.550327227e-2f));
+    p = vfma(p, r, vset(2.402265092e-1f));
+    p = vfma(p, r, vset(6.931472067e-1f));
+    p = vfma(p, r, vset(1.f));
+  }
+  return _mm512_scalef_ps(p, n);
+}
+
+using U = __m512i;  // lanes of uint32
+INLINE U uset(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+INLINE U uiota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE U uadd(U a, U b) { return _mm512_add_epi32(a, b); }
+INLINE U uxor(U a, U b) { return _mm512_xor_si512(a, b); }
+INLINE void umul_wide(U a, uint32_t b, U& hi, U& lo) {
+  U even = _mm512_mul_epu32(a, uset(b)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), uset(b));
+  lo = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  hi = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+}
+INLINE void ustore(uint32_t* p, U v) { _mm512_storeu_si512(p, v); }
+
+#else  // AVX2 + FMA + F16C
+
+template <>
+struct Vector<float> {
+  using type = __m256;
+  static constexpr int width = 8;
+};
+template <>
+struct Vector<double> {
+  using type = __m256d;
+  static constexpr int width = 4;
+};
+using F = __m256;
+using D = __m256d;
+
+INLINE F vload(const float* p) { return _mm256_loadu_ps(p); }
+INLINE D vload(const double* p) { return _mm256_loadu_pd(p); }
+INLINE void vstore(float* p, F v) { _mm256_storeu_ps(p, v); }
+INLINE void vstore(double* p, D v) { _mm256_storeu_pd(p, v); }
+INLINE F vset(float x) { return _mm256_set1_ps(x); }
+INLINE D vset(double x) { return _mm256_set1_pd(x); }
+INLINE F vfma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE D vfma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
+INLINE F vmul(F a, F b) { return _mm256_mul_ps(a, b); }
+INLINE D vmul(D a, D b) { return _mm256_mul_pd(a, b); }
+INLINE F vadd(F a, F b) { return _mm256_add_ps(a, b); }
+INLINE D vadd(D a, D b) { return _mm256_add_pd(a, b); }
+INLINE F vsub(F a, F b) { return _mm256_sub_ps(a, b); }
+INLINE D vsub(D a, D b) { return _mm256_sub_pd(a, b); }
+INLINE F vdiv(F a, F b) { return _mm256_div_ps(a, b); }
+INLINE F vmax(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE D vmax(D a, D b) { return _mm256_max_pd(a, b); }
+INLINE F vmin(F a, F b) { return _mm256_min_ps(a, b); }
+INLINE D vmin(D a, D b) { return _mm256_min_pd(a, b); }
+INLINE float reduce_max(F v) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+INLINE float reduce_add(F v) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+INLINE double reduce_max(D v) {
+  __m128d x = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(x, _mm_unpackhi_pd(x, x)));
+}
+INLINE double reduce_add(D v) {
+  __m128d x = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+
+using Lanes = __m256i;  // all ones or all zeros, in lanes as wide as the data's
+template <class T>
+INLINE Lanes lanes(int64_t lo, int64_t hi) {
+  constexpr int64_t w = Vector<T>::width;
+  lo = max_of<int64_t>(-1, min_of(lo, w)), hi = max_of<int64_t>(-1, min_of(hi, w));
+  if constexpr (sizeof(T) == 4) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(lo)), lane), _mm256_cmpgt_epi32(_mm256_set1_epi32(int(hi)), lane));
+  } else {
+    __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    return _mm256_andnot_si256(_mm256_cmpgt_epi64(_mm256_set1_epi64x(lo), lane), _mm256_cmpgt_epi64(_mm256_set1_epi64x(hi), lane));
+  }
+}
+INLINE F select(Lanes m, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(m)); }
+INLINE D select(Lanes m, D yes, D no) { return _mm256_blendv_pd(no, yes, _mm256_castsi256_pd(m)); }
+INLINE Lanes nonzero_bytes(const uint8_t* p, float) {
+  return _mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_setzero_si256());
+}
+INLINE Lanes nonzero_bytes(const uint8_t* p, double) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return _mm256_cmpgt_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), _mm256_setzero_si256());
+}
+INLINE Lanes less(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+INLINE Lanes less(D a, D b) { return _mm256_castpd_si256(_mm256_cmp_pd(a, b, _CMP_LT_OQ)); }
+
+INLINE F load_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_f16(uint16_t* p, F v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0)); }
+INLINE void store_bf16(uint16_t* p, F v) {
+  __m256i x = _mm256_castps_si256(v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(x, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd));
+  __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+  rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  rounded = _mm256_srli_epi32(rounded, 16);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xD8);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+
+template <int degree>
+INLINE F vexp2(F x) {
+  F normal = _mm256_cmp_ps(x, vset(-126.f), _CMP_LT_OQ);  // flushed to zero below; NaN passes through
+  x = _mm256_max_ps(vset(-126.f), x);
+  F n = _mm256_round_ps(x, 8);
+  F r = vsub(x, n);
+  F p;
+  if constexpr (degree == 3) {
+    p = vfma(vset(5.517166907e-02f), r, vset(2.426111222e-01f));
+    p = vfma(p, r, vset(6.932609855e-01f));
+    p = vfma(p, r, vset(9.999280735e-01f));
+  } else {
+    p = vfma(vset(1.546144470e-4f), r, vset(1.340042818e-3f));
+    p = vfma(p, r, vset(9.618056652e-3f));
+    p = vfma(p, r, vset(5.550327227e-2f));
+    p = vfma(p, r, vset(2.402265092e-1f));
+    p = vfma(p, r, vset(6.931472067e-1f));
+    p = vfma(p, r, vset(1.f));
+  }
+  __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_andnot_ps(normal, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
+}
+
+using U = __m256i;
+INLINE U uset(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+INLINE U uiota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE U uadd(U a, U b) { return _mm256_add_epi32(a, b); }
+INLINE U uxor(U a, U b) { return _mm256_xor_si256(a, b); }
+INLINE void umul_wide(U a, uint32_t b, U& hi, U& lo) {
+  U even = _mm256_mul_epu32(a, uset(b)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), uset(b));
+  lo = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  hi = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+}
+INLINE void ustore(uint32_t* p, U v) { _mm256_storeu_si256((__m256i*)p, v); }
+#endif
+
+template <int degree>
+INLINE D vexp2(D x) {
+  constexpr int w = Vector<double>::width;
+  double lane[w];
+  vstore(lane, x);
+  for (int i = 0; i < w; ++i) lane[i] = __builtin_exp2(lane[i]);
+  return vload(lane);
+}
+
+// tanh: odd polynomial near 0 (no cancellation), 1 - 2 / (e^2x + 1) elsewhere.
+INLINE F vtanh(F x) {
+  F z = vmul(x, x);
+  F p = vfma(vset(-5.70498872745e-3f), z, vset(2.06390887954e-2f));
+  p = vfma(p, z, vset(-5.37397155531e-2f));
+  p = vfma(p, z, vset(1.33314422036e-1f));
+  p = vfma(p, z, vset(-3.33332819422e-1f));
+  F small = vfma(vmul(p, z), x, x);
+  F clamped = vmin(vmax(x, vset(-10.f)), vset(10.f));
+  F large = vsub(vset(1.f), vdiv(vset(2.f), vadd(vexp2<6>(vmul(clamped, vset(2 * kLog2E))), vset(1.f))));
+  return select(less(z, vset(0.390625f)), small, large);
+}
+INLINE D vtanh(D x) {
+  constexpr int w = Vector<double>::width;
+  double lane[w];
+  vstore(lane, x);
+  for (int i = 0; i < w; ++i) lane[i] = __builtin_tanh(lane[i]);
+  return vload(lane);
+}
+
+INLINE int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// One vector of `dtype` elements, converted to the accumulator type.
+INLINE F vload_as(DType dtype, const char* p, float) {
+  if (dtype == DType::f32) return vload((const float*)p);
+  return dtype == DType::bf16 ? load_bf16((const uint16_t*)p) : load_f16((const uint16_t*)p);
+}
+INLINE void vstore_as(DType dtype, char* p, F v) {
+  if (dtype == DType::f32) return vstore((float*)p, v);
+  dtype == DType::bf16 ? store_bf16((uint16_t*)p, v) : store_f16((uint16_t*)p, v);
+}
+INLINE void vstore_as(DType, char* p, D v) { vstore((double*)p, v); }
+INLINE D vload_as(DType dtype, const char* p, double) {
+  constexpr int w = Vector<double>::width;
+  if (dtype == DType::f64) return vload((const double*)p);
+  // A narrower bias beside fp64 queries: rare, so lane by lane through the float conversions.
+  char padded[64] = {};
+  memcpy(padded, p, size_t(w * element_size(dtype)));
+  float wide[Vector<float>::width];
+  vstore(wide, vload_as(dtype, padded, 0.f));
+  double lane[w];
+  for (int i = 0; i < w; ++i) lane[i] = wide[i];
+  return vload(lane);
+}
+// The first n < width elements, the rest zero: never touches memory past them.
+template <class T>
+INLINE typename Vector<T>::type vload_some(DType dtype, const char* p, int64_t n) {
+  char padded[Vector<T>::width * 8] = {};
+  memcpy(padded, p, size_t(n * element_size(dtype)));
+  return vload_as(dtype, padded, T(0));
+}
+template <class T>
+INLINE void vstore_some(DType dtype, char* p, int64_t n, typename Vector<T>::type v) {
+  char padded[Vector<T>::width * 8];
+  vstore_as(dtype, padded, v);
+  memcpy(p, padded, size_t(n * element_size(dtype)));
+}
+
+}  // namespace
+}  // namespace pyext

@@ -111,7 +111,7 @@ struct Arguments {
       p.dense = view<Input>(*dense), p.dense_dtype = dtype_of(*dense);
     }
     if (diag) {
-      const int64_t length = p.q_len + p.k_len - 1;
+      const int64_t length = p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1;
       STD_TORCH_CHECK(diag->dim() == 2 && (diag->size(0) == p.heads || diag->size(0) == 1) && diag->scalar_type() == accumulator(query),
                       "diag must have shape (heads or 1, rows) and the accumulator dtype");
       p.diag = diag->const_data_ptr(), p.diag_heads = diag->size(0), p.diag_rows = diag->size(1);
@@ -187,8 +187,8 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
               seed,  left, right, scale, softcap, dropout_p};
   AttentionProblem p = a.problem();
   Tensor out = empty_rows(a.query, p.batch, p.heads, p.q_len, p.value_dim, false);
-  Tensor lse = empty(a.query, {p.batch, p.heads, p.q_len}, accumulator(a.query));
-  p.out = view<Output>(out), p.lse = lse.mutable_data_ptr();
+  Tensor lse = empty(a.query, {p.batch, p.heads, p.q_len}, ScalarType::Double);
+  p.out = view<Output>(out), p.lse = static_cast<double*>(lse.mutable_data_ptr());
   kernels().attention_forward(p, parallel());
   return {out, lse};
 }
@@ -207,13 +207,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     return t.dim() == 4 && t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == p.q_len && t.size(3) == p.value_dim &&
            t.scalar_type() == a.query.scalar_type();
   };
-  auto is_lse = [&](const Tensor& t) { return t.numel() == p.batch * p.heads * p.q_len && t.scalar_type() == acc; };
+  auto is_lse = [&](const Tensor& t) { return t.numel() == p.batch * p.heads * p.q_len && t.scalar_type() == ScalarType::Double; };
   STD_TORCH_CHECK(is_output(grad) && is_output(saved_out) && is_lse(saved_lse), "grad_out, out and lse must match the forward's results");
-  p.grad_out = view<Input>(grad), p.out = view<Output>(saved_out), p.lse = const_cast<void*>(saved_lse.const_data_ptr());
+  p.grad_out = view<Input>(grad), p.out = view<Output>(saved_out), p.lse = static_cast<double*>(const_cast<void*>(saved_lse.const_data_ptr()));
   MaybeTensor lse_grad = contiguous(grad_lse);
   if (lse_grad) {
     STD_TORCH_CHECK(is_lse(*lse_grad), "grad_lse must match lse");
-    p.grad_lse = lse_grad->const_data_ptr();
+    p.grad_lse = static_cast<const double*>(lse_grad->const_data_ptr());
   }
   Tensor grad_query = empty_rows(a.query, p.batch, p.heads, p.q_len, p.head_dim, false);
   Tensor grad_key = empty_rows(a.query, p.batch, p.kv_heads, p.k_len, p.head_dim, false);

@@ -24,7 +24,7 @@ struct AttentionProblem {
   int64_t batch = 0, heads = 0, kv_heads = 0, q_len = 0, k_len = 0, head_dim = 0, value_dim = 0;
   Input query, key, value;
   Output out;
-  void* lse = nullptr;  // (batch, heads, q_len) contiguous, accumulator type, natural logarithm
+  double* lse = nullptr;  // (batch, heads, q_len) contiguous, natural logarithm
 
   Input dense;  // unit last stride, broadcast dimensions have stride 0
   DType dense_dtype = DType::f32;
@@ -44,7 +44,7 @@ struct AttentionProblem {
 
   // Backward only.
   Input grad_out;
-  const void* grad_lse = nullptr;                // like lse, may be null
+  const double* grad_lse = nullptr;               // like lse, may be null
   Output grad_query, grad_key, grad_value;
   Output grad_dense;           // accumulator type, zeroed, summed over dimensions of stride 0; null: not wanted
   void* grad_diag = nullptr;   // like diag; null: not wanted

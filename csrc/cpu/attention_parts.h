@@ -1,5 +1,5 @@
 // What the forward, backward and decode kernels share: which keys a row sees, the terms added to a score, dropout.
-// Scores are kept in base-2 units (multiplied by log2 e), so that the softmax is one exp2 without a scale.
+// Scores are kept in the units of the compute type (gemm.h).
 #pragma once
 #include "gemm.h"
 
@@ -64,7 +64,7 @@ INLINE HeadMask byte_mask(const AttentionProblem& p, const Span& s, int64_t head
 }
 inline HeadMask head_mask(const AttentionProblem& p, const Span& s, int64_t head) {
   HeadMask m = byte_mask(p, s, head);
-  if (!m.data || (m.row != 0 && s.q_len > 1)) return m;
+  if (!m.data || (m.row != 0 && s.q_len != 1)) return m;
   int64_t lo = 0, hi = s.k_len;
   while (lo < hi && !m.data[lo]) ++lo;
   while (lo < hi && !m.data[hi - 1]) --hi;
@@ -106,10 +106,11 @@ struct BlockRanges {
   }
 };
 
-// ---- the strip: the diagonal bias of one head, expanded over distances, in base-2 units ----
+// ---- the strip: the diagonal bias of one head, expanded over distances ----
 
-template <class T>
+template <class C>
 struct Strips {
+  using T = typename C::T;
   static constexpr int64_t pad = 128;  // tiles read past the ends; what they read there is masked
   T* values = nullptr;                 // (heads or 1, pad + length + pad)
   int32_t* run_end = nullptr;          // last position up to which the index repeats; only with diag_index
@@ -117,7 +118,7 @@ struct Strips {
 
   void lay_out(const AttentionProblem& p, Arena& arena) {
     if (!p.diag) return;
-    length = p.q_len + p.k_len - 1, stride = length + 2 * pad;
+    length = max_of<int64_t>(p.q_len + p.k_len - 1, 0), stride = length + 2 * pad;
     values = arena.take<T>(p.diag_heads * stride);
     if (p.diag_index) run_end = arena.take<int32_t>(length);
   }
@@ -127,7 +128,7 @@ struct Strips {
       const T* from = (const T*)p.diag + h * p.diag_rows;
       T* to = values + h * stride;
       for (int64_t t = 0; t < pad; ++t) to[t] = to[pad + length + t] = 0;
-      for (int64_t t = 0; t < length; ++t) to[pad + t] = from[p.diag_index ? p.diag_index[t] : t] * T(1 / kLn2);
+      for (int64_t t = 0; t < length; ++t) to[pad + t] = from[p.diag_index ? p.diag_index[t] : t] * T(C::units);
     });
     if (!run_end) return;
     for (int64_t t = length - 1; t >= 0; --t)
@@ -151,15 +152,16 @@ struct Strips {
 
 // ---- the score terms that are not fused into a GEMM's epilogue: softcap, dense bias, byte mask ----
 
-template <class T>
+template <class C>
 struct ScoreTerms {
+  using T = typename C::T;
   DType dense_dtype;
   const char* dense = nullptr;  // row 0 of this (batch, head)
   int64_t dense_row_bytes = 0;
   const uint8_t* mask = nullptr;
   int64_t mask_row = 0;
   const T* strip = nullptr;  // see Strips::origin
-  T cap = 0;                 // softcap in base-2 units; 0 = off
+  T cap = 0;                 // softcap in score units; 0 = off
   int64_t k_len = 0;
 
   bool any() const { return dense || mask || cap != T(0); }
@@ -181,8 +183,8 @@ struct ScoreTerms {
       if (dense && left > 0) {
         const char* p = dense + i * dense_row_bytes + j * element_size(dense_dtype);
         Vec<T> d = left >= w ? vload_as(dense_dtype, p, T(0)) : vload_some<T>(dense_dtype, p, left);
-        // A finite "minus infinity" (finfo.min, as many trainers use) must stay finite in base-2 units.
-        Vec<T> scaled = vmax(vmul(d, vset(T(1 / kLn2))), vset(lowest));
+        // A finite "minus infinity" (finfo.min, as many trainers use) must stay finite in other units, too.
+        Vec<T> scaled = vmax(vmul(d, vset(T(C::units))), vset(lowest));
         x = vadd(x, select(less(hidden, d), scaled, d));
       }
       if (strip) x = vadd(x, vload(strip + j - i));
@@ -198,9 +200,9 @@ struct ScoreTerms {
   }
 };
 
-template <class T>
-ScoreTerms<T> score_terms(const AttentionProblem& p, const Span& s, int64_t head, const HeadMask& mask, const T* strip) {
-  ScoreTerms<T> terms;
+template <class C>
+ScoreTerms<C> score_terms(const AttentionProblem& p, const Span& s, int64_t head, const HeadMask& mask, const typename C::T* strip) {
+  ScoreTerms<C> terms;
   terms.dense_dtype = p.dense_dtype;
   if (p.dense.data) {
     terms.dense = row_address(p.dense, p.dense_dtype, s.batch, head, 0);
@@ -208,14 +210,20 @@ ScoreTerms<T> score_terms(const AttentionProblem& p, const Span& s, int64_t head
   }
   terms.mask = mask.data, terms.mask_row = mask.row;
   terms.strip = strip;
-  terms.cap = T(p.softcap / kLn2);
+  terms.cap = typename C::T(p.softcap * C::units);
   terms.k_len = s.k_len;
   return terms;
 }
-// Multiplies raw q.k: base-2 units, or units of the cap.
-template <class T>
-INLINE T score_scale(const AttentionProblem& p) {
-  return T(p.softcap > 0 ? p.scale / p.softcap : p.scale / kLn2);
+// Multiplies raw q.k: score units, or units of the cap.
+template <class C>
+INLINE typename C::T score_scale(const AttentionProblem& p) {
+  return typename C::T(p.softcap > 0 ? p.scale / p.softcap : p.scale * C::units);
+}
+// The natural logarithm of the normaliser, from a maximum in score units and a sum relative to it. Double, because the
+// backward divides by the normaliser again, and fp32 has a rounding error of 5e-7 near a logarithm of 8.
+template <class C>
+INLINE double log_normaliser(typename C::T max, typename C::T sum) {
+  return sum > 0 || sum != sum ? double(max) / C::units + __builtin_log(double(sum)) : -double(kInfinity);
 }
 
 // What a block of the byte mask holds, so that hidden blocks are skipped.

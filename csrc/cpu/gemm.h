@@ -12,25 +12,30 @@
 namespace pyext {
 namespace {
 
-// How a GEMM computes: T is the 32- or 64-bit packed element, pair the number of k it holds.
+// How a kernel computes: T is the 32- or 64-bit packed element, pair the number of k it holds. Scores are kept in units
+// of 1 / units nats, and exp turns a difference of scores into a ratio of probabilities: base 2 saves an operation where
+// bf16 hides the rounding of the product with log2(e), nats keep fp32 as exact as the library's own softmax.
 struct ComputeF32 {
   using T = float;
   static constexpr int pair = 1;
-  static constexpr int exp_degree = 6;
+  static constexpr double units = 1;
   static INLINE F mac(F a, F b, F c) { return vfma(a, b, c); }
+  static INLINE F exp(F x) { return vexp(x); }
 };
 struct ComputeF64 {
   using T = double;
   static constexpr int pair = 1;
-  static constexpr int exp_degree = 6;
+  static constexpr double units = 1;
   static INLINE D mac(D a, D b, D c) { return vfma(a, b, c); }
+  static INLINE D exp(D x) { return vexp(x); }
 };
 #if defined(__AVX512BF16__)
 struct ComputeBF16 {
   using T = float;
   static constexpr int pair = 2;
-  static constexpr int exp_degree = 3;
+  static constexpr double units = 1 / kLn2;
   static INLINE F mac(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static INLINE F exp(F x) { return vexp2_coarse(x); }
 };
 #endif
 
@@ -41,6 +46,13 @@ constexpr int kRows = 8;
 constexpr int kRows = 6;
 #endif
 constexpr int kVectors = 2;
+
+template <class C>
+INLINE typename C::T exp_one(typename C::T x) {
+  typename C::T lane[Vector<typename C::T>::width];
+  vstore(lane, C::exp(vset(x)));
+  return lane[0];
+}
 
 template <class T>
 using Vec = typename Vector<T>::type;
@@ -57,12 +69,6 @@ struct Tile {
   INLINE void zero() {
     UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < vectors; ++j) v[i][j] = vset(T(0));
   }
-  INLINE void load(const T* p, int64_t stride) {
-    UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < vectors; ++j) v[i][j] = vload(p + i * stride + j * kWidth<T>);
-  }
-  INLINE void store(T* p, int64_t stride) const {
-    UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < vectors; ++j) vstore(p + i * stride + j * kWidth<T>, v[i][j]);
-  }
   // v += A B over k steps; A(i, k) = a[i * row_step + k * k_step], B(k, :) = b[k * kPanel].
   template <int64_t row_step, int64_t k_step>
   INLINE void multiply(int64_t k, const T* a, const T* b) {
@@ -77,21 +83,26 @@ struct Tile {
   }
 };
 
-// c[rows x count columns] += A B, count <= kPanel: the last panel of an odd width runs with one vector if that is enough.
-template <class C, int64_t row_step, int64_t k_step>
-INLINE void accumulate(int64_t k, const typename C::T* a, const typename C::T* b, typename C::T* c, int64_t count) {
+// c[rows x count columns] = A B + factor * c, count <= kPanel: the last panel of an odd width runs with one vector if that
+// is enough. The product starts from zero: sums of sums lose fewer bits than one long sum.
+template <class C, int vectors, int64_t row_step, int64_t k_step>
+INLINE void accumulate_vectors(int64_t k, const typename C::T* a, const typename C::T* b, typename C::T* c, const typename C::T* factor) {
   using T = typename C::T;
-  if (count > kWidth<T>) {
-    Tile<C> tile;
-    tile.load(c, kPanel<T>);
-    tile.template multiply<row_step, k_step>(k, a, b);
-    tile.store(c, kPanel<T>);
-  } else {
-    Tile<C, 1> tile;
-    tile.load(c, kPanel<T>);
-    tile.template multiply<row_step, k_step>(k, a, b);
-    tile.store(c, kPanel<T>);
+  Tile<C, vectors> tile;
+  tile.zero();
+  tile.template multiply<row_step, k_step>(k, a, b);
+  UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < vectors; ++j) {
+    T* at = c + i * kPanel<T> + j * kWidth<T>;
+    vstore(at, factor ? vfma(vload(at), vset(factor[i]), tile.v[i][j]) : vadd(vload(at), tile.v[i][j]));
   }
+}
+template <class C, int64_t row_step, int64_t k_step>
+INLINE void accumulate(int64_t k, const typename C::T* a, const typename C::T* b, typename C::T* c, int64_t count,
+                       const typename C::T* factor = nullptr) {
+  if (count > kWidth<typename C::T>)
+    accumulate_vectors<C, kVectors, row_step, k_step>(k, a, b, c, factor);
+  else
+    accumulate_vectors<C, 1, row_step, k_step>(k, a, b, c, factor);
 }
 
 // ---- packing ----
@@ -177,15 +188,17 @@ INLINE void store_pairs(float* p, F first, F second) {
 INLINE void store_row_pairs(float* p, F low, F high) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
 #endif
 
-// dst[panel][k][kPanel] from rows [0, count) of src, k running to ceil(padded / pair) with zero rows past count.
+// dst[panel][k][kPanel] from rows [0, count) of src, k running to ceil(padded / pair) with zero rows past count; panels are
+// `panel_stride` elements apart.
 template <class C>
-void pack_rows(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t padded, int64_t features, typename C::T* dst) {
+void pack_rows(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t padded, int64_t features, int64_t panel_stride,
+               typename C::T* dst) {
   using T = typename C::T;
   constexpr int w = kWidth<T>, panel = kPanel<T>;
   int64_t depth = ceil_div(padded, C::pair), size = element_size(dtype);
   for (int64_t k = 0; k < depth; ++k) {
     for (int64_t f = 0; f < features; f += w) {
-      T* to = dst + (f / panel * depth + k) * panel + f % panel;
+      T* to = dst + f / panel * panel_stride + k * panel + f % panel;
       int64_t n = min_of<int64_t>(w, features - f);
       const char* row = src + k * C::pair * row_bytes + f * size;
 #if defined(__AVX512BF16__)

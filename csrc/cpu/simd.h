@@ -15,7 +15,6 @@
 namespace pyext {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.69314718055994530942;
 
 template <class T>
@@ -54,6 +53,7 @@ INLINE F vset(float x) { return _mm512_set1_ps(x); }
 INLINE D vset(double x) { return _mm512_set1_pd(x); }
 INLINE F vfma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE D vfma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
+INLINE F vfms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 INLINE F vmul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE D vmul(D a, D b) { return _mm512_mul_pd(a, b); }
 INLINE F vadd(F a, F b) { return _mm512_add_ps(a, b); }
@@ -105,25 +105,15 @@ INLINE void store_bf16(uint16_t* p, F v) {
 #endif
 }
 
-// 2^x for the reduced range: degree 3 (7.5e-5, enough for a bf16 result) or 6 (2e-9, below fp32 rounding).
-template <int degree>
-INLINE F vexp2(F x) {
-  F r = _mm512_reduce_ps(x, 0);
-  F n = vsub(x, r);
-  F p;
-  if constexpr (degree == 3) {
-    p = vfma(vset(5.517166907e-02f), r, vset(2.426111222e-01f));
-    p = vfma(p, r, vset(6.932609855e-01f));
-    p = vfma(p, r, vset(9.999280735e-01f));
-  } else {
-    p = vfma(vset(1.546144470e-4f), r, vset(1.340042818e-3f));
-    p = vfma(p, r, vset(9.618056652e-3f));
-    p = vfma(p, r, vset(5.550327227e-2f));
-    p = vfma(p, r, vset(2.402265092e-1f));
-    p = vfma(p, r, vset(6.931472067e-1f));
-    p = vfma(p, r, vset(1.f));
-  }
-  return _mm512_scalef_ps(p, n);
+INLINE F vround(F x) { return _mm512_roundscale_ps(x, 8); }
+INLINE F vscale(F p, F n) { return _mm512_scalef_ps(p, n); }  // p * 2^n, right down to zero
+// 2^x to 7.5e-5, enough for a bf16 result.
+INLINE F vexp2_coarse(F x) {
+  F r = _mm512_reduce_ps(x, 0), n = vsub(x, r);
+  F p = vfma(vset(5.517166907e-02f), r, vset(2.426111222e-01f));
+  p = vfma(p, r, vset(6.932609855e-01f));
+  p = vfma(p, r, vset(9.999280735e-01f));
+  return vscale(p, n);
 }
 
 using U = __m512i;  // lanes of uint32
@@ -161,6 +151,7 @@ INLINE F vset(float x) { return _mm256_set1_ps(x); }
 INLINE D vset(double x) { return _mm256_set1_pd(x); }
 INLINE F vfma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE D vfma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
+INLINE F vfms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
 INLINE F vmul(F a, F b) { return _mm256_mul_ps(a, b); }
 INLINE D vmul(D a, D b) { return _mm256_mul_pd(a, b); }
 INLINE F vadd(F a, F b) { return _mm256_add_ps(a, b); }
@@ -233,27 +224,11 @@ INLINE void store_bf16(uint16_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
 
-template <int degree>
-INLINE F vexp2(F x) {
-  F normal = _mm256_cmp_ps(x, vset(-126.f), _CMP_LT_OQ);  // flushed to zero below; NaN passes through
-  x = _mm256_max_ps(vset(-126.f), x);
-  F n = _mm256_round_ps(x, 8);
-  F r = vsub(x, n);
-  F p;
-  if constexpr (degree == 3) {
-    p = vfma(vset(5.517166907e-02f), r, vset(2.426111222e-01f));
-    p = vfma(p, r, vset(6.932609855e-01f));
-    p = vfma(p, r, vset(9.999280735e-01f));
-  } else {
-    p = vfma(vset(1.546144470e-4f), r, vset(1.340042818e-3f));
-    p = vfma(p, r, vset(9.618056652e-3f));
-    p = vfma(p, r, vset(5.550327227e-2f));
-    p = vfma(p, r, vset(2.402265092e-1f));
-    p = vfma(p, r, vset(6.931472067e-1f));
-    p = vfma(p, r, vset(1.f));
-  }
-  __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-  return _mm256_andnot_ps(normal, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
+INLINE F vround(F x) { return _mm256_round_ps(x, 8); }
+INLINE F vscale(F p, F n) {  // p * 2^n, flushed to zero below 2^-126; NaN passes through
+  F tiny = _mm256_cmp_ps(n, vset(-126.f), _CMP_LT_OQ);
+  __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_max_ps(vset(-126.f), n)), 23);
+  return _mm256_andnot_ps(tiny, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
 }
 
 using U = __m256i;
@@ -269,13 +244,30 @@ INLINE void umul_wide(U a, uint32_t b, U& hi, U& lo) {
 INLINE void ustore(uint32_t* p, U v) { _mm256_storeu_si256((__m256i*)p, v); }
 #endif
 
-template <int degree>
-INLINE D vexp2(D x) {
-  constexpr int w = Vector<double>::width;
-  double lane[w];
+// Any function of one number, lane by lane.
+template <class Function>
+INLINE D by_lane(D x, const Function& function) {
+  double lane[Vector<double>::width];
   vstore(lane, x);
-  for (int i = 0; i < w; ++i) lane[i] = __builtin_exp2(lane[i]);
+  for (double& value : lane) value = function(value);
   return vload(lane);
+}
+
+// e^x to fp32 rounding: x log2(e) is reduced by one fused operation, then 2^r by a minimax polynomial (2e-9).
+INLINE F vexp(F x) {
+  const F log2e = vset(1.44269504f);
+  x = vmax(vset(-200.f), x);  // e^-inf without inf - inf; NaN passes through
+  F n = vround(vmul(x, log2e)), r = vfms(x, log2e, n);
+  F p = vfma(vset(1.546144470e-4f), r, vset(1.340042818e-3f));
+  p = vfma(p, r, vset(9.618056652e-3f));
+  p = vfma(p, r, vset(5.550327227e-2f));
+  p = vfma(p, r, vset(2.402265092e-1f));
+  p = vfma(p, r, vset(6.931472067e-1f));
+  p = vfma(p, r, vset(1.f));
+  return vscale(p, n);
+}
+INLINE D vexp(D x) {
+  return by_lane(x, [](double y) { return __builtin_exp(y); });
 }
 
 // tanh: odd polynomial near 0 (no cancellation), 1 - 2 / (e^2x + 1) elsewhere.
@@ -287,15 +279,11 @@ INLINE F vtanh(F x) {
   p = vfma(p, z, vset(-3.33332819422e-1f));
   F small = vfma(vmul(p, z), x, x);
   F clamped = vmin(vmax(x, vset(-10.f)), vset(10.f));
-  F large = vsub(vset(1.f), vdiv(vset(2.f), vadd(vexp2<6>(vmul(clamped, vset(2 * kLog2E))), vset(1.f))));
+  F large = vsub(vset(1.f), vdiv(vset(2.f), vadd(vexp(vadd(clamped, clamped)), vset(1.f))));
   return select(less(z, vset(0.390625f)), small, large);
 }
 INLINE D vtanh(D x) {
-  constexpr int w = Vector<double>::width;
-  double lane[w];
-  vstore(lane, x);
-  for (int i = 0; i < w; ++i) lane[i] = __builtin_tanh(lane[i]);
-  return vload(lane);
+  return by_lane(x, [](double y) { return __builtin_tanh(y); });
 }
 
 INLINE int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }

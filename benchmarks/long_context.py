@@ -1,0 +1,86 @@
+"""The memory case: 16384 tokens with a T5 bias, forward and backward, in a process of its own.
+
+The bias alone, materialised in bf16, would be 4 GiB. `python -m benchmarks.long_context` prints one JSON line:
+the peak of resident memory above what was resident once the inputs were there (outputs and gradients included).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import pyext
+
+from .harness import Measured, check
+
+LENGTH, HEADS, DIM = 16384, 8, 64
+CHECKED_LENGTH = 1024
+
+
+def resident(field: str) -> float:
+    """MiB of this process: VmRSS (now) or VmHWM (peak)."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # no procfs: the peak stands in for both
+
+
+def reset_peak() -> None:
+    """Linux: forget the peak so far, so that importing torch or compiling does not hide ours."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not permitted here: the peak can only read too low, if something before was larger than the case
+
+
+def step(length: int, seed: int) -> tuple[float, float]:
+    """(seconds, MiB above the inputs) of one forward + backward."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, HEADS, length, DIM)
+    # Made in bf16 at once: an fp32 copy, freed, could stay in malloc's heap and be counted as ours or hide it.
+    query, key, value, grad_out = (torch.randn(shape, generator=generator, dtype=torch.bfloat16) for _ in range(4))
+    table = torch.randn(32, HEADS, generator=generator)
+    wanted = [t.requires_grad_() for t in (query, key, value, table)]
+    reset_peak()
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    out = pyext.attention(query, key, value, bias=pyext.bias.t5(table, bidirectional=True, max_distance=128))
+    torch.autograd.grad(out, wanted, grad_out)
+    seconds = time.perf_counter() - start
+    return seconds, resident("VmHWM") - before
+
+
+def main(length: int, seed: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    step(min(256, length), seed)  # libraries, thread pools
+    seconds, mib = step(length, seed)
+    print(json.dumps({"seconds": seconds, "peak_mib": mib}))
+
+
+def run(seed: int, length: int = LENGTH, threads: int = 1) -> tuple[Measured, dict]:
+    """The case's `run`: checks the same call at 1024 tokens, then measures in a fresh process."""
+    from . import attention_cases as cases  # it lists this module's case
+
+    shape = (1, HEADS, CHECKED_LENGTH, DIM)
+    error = check(cases.work_of("forward+backward", cases.t5(HEADS, CHECKED_LENGTH), shape, "bf16", seed, sdpa=False))
+    command = [sys.executable, "-m", "benchmarks.long_context", str(length), str(seed), str(threads)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    figures = json.loads(done.stdout.splitlines()[-1])
+    flops = 14 * HEADS * length * length * DIM
+    return Measured({"pyext": figures["seconds"]}, flops=flops, extra={"peak_mib": figures["peak_mib"]}), error
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,15 @@
+"""Attention with structured position biases and masks for PyTorch, fast on the CPU, forward and backward.
+
+    import pyext
+    out = pyext.attention(q, k, v, bias=pyext.bias.t5(table, bidirectional=True), mask=pyext.masks.padding(lengths))
+
+`python -m pyext` shows which backends this installation has, and checks them.
+"""
+
+from . import _native as _native  # first: its warning points at whoever imports this package
+from . import bias, masks
+from ._dispatch import explain
+from .ops.attention import attention, varlen_attention
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "attention", "bias", "explain", "masks", "varlen_attention"]

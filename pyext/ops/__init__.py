@@ -1,0 +1,1 @@
+"""The public ops: validation, lowering to primitives, autograd and fake kernels; one file per op."""

@@ -1,0 +1,378 @@
+"""`attention` and `varlen_attention`: validate, lower, choose a backend, call it; autograd and fake kernels of the
+op.
+
+The path of a call: `_prepare` (named errors; biases and masks become primitives) -> `_dispatch.choose` -> the op
+`pyext::attention_forward` (CPU kernels) or `reference.attention` on the same flat problem.
+"""
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _dispatch, _native
+from .. import bias as _bias
+from .. import masks as _masks
+from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
+from ..reference.attention import attention as _reference
+from . import _autograd
+from ._shapes import four_dims, restore
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    bias: _bias.Bias | None = None,
+    mask: _masks.Mask | None = None,
+    rotary=None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    generator: torch.Generator | None = None,
+    deterministic: bool = True,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softcap(scale * q k^T) + bias, masked) v: a drop-in for `F.scaled_dot_product_attention`.
+
+    S[i, j] = softcap(scale * q_i . k_j) + bias[i, j], softcap(x) = c tanh(x / c); keys that are masked drop out; then
+    P = exp(S - lse), lse = log(sum_j exp(S[i, j]) + exp(sink)); out = dropout(P) v.
+
+    Args:
+        query: (B, Hq, Lq, D); also (Lq, D), (Hq, Lq, D) or more leading batch dimensions. float32, bfloat16, float16
+            or float64; any strides; inside autocast it is cast as SDPA casts it.
+        key, value: (B, Hkv, Lk, D), (B, Hkv, Lk, Dv), of the query's dtype and device. Leading dimensions and single
+            heads broadcast.
+        attn_mask: bool (True = attend) or float (added to the score, differentiable), broadcastable to (B, Hq, Lq,
+            Lk), or a `torch.nn.attention.bias` causal object.
+        dropout_p: probability of dropping an attention weight; applied whenever it is > 0, as in SDPA.
+        is_causal: query i sees keys j <= i (upper-left aligned, as in SDPA; `masks.causal()` is lower-right aligned).
+        scale: factor on q.k; None = 1 / sqrt(D).
+        enable_gqa: let Hq be a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
+        bias: `pyext.bias` object, added to the score after the softcap.
+        mask: `pyext.masks` object.
+        rotary: not implemented by any backend yet; anything but None is refused.
+        softcap: c > 0, or None.
+        sinks: (Hq,) float, one more logit per head in the softmax denominator; differentiable.
+        return_lse: also return the LSE.
+        generator: source of the dropout seed; None = the default generator of the device. Not touched without
+            dropout.
+        deterministic: accepted for all backends; the CPU kernels and the reference are deterministic in any case.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
+    Returns:
+        out (B, Hq, Lq, Dv) in the query's dtype; with `return_lse` also lse (B, Hq, Lq), natural log, fp32 (fp64 for
+        fp64), differentiable. A query that sees no key gives out 0, lse -inf, gradient 0.
+    Raises:
+        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
+    Source: Vaswani et al., "Attention is all you need" (2017), eq. 1; arguments and semantics of PyTorch's SDPA.
+    """
+    problem, prefix, unsupported = _prepare(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks
+    )
+    _check_options(return_lse, generator, deterministic, problem)
+    out, lse = _run("attention", impl, problem, generator, unsupported)
+    out = restore(out, prefix)
+    return (out, restore(lse.to(acc_dtype(out.dtype)), prefix)) if return_lse else out
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bias: _bias.Bias | None = None,
+    mask: _masks.Mask | None = None,
+    rotary=None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    generator: torch.Generator | None = None,
+    deterministic: bool = True,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over sequences packed along one dimension, each attending to its own keys only.
+
+    Sequence n owns rows cu_seqlens_q[n]:cu_seqlens_q[n + 1] of q and cu_seqlens_k[n]:cu_seqlens_k[n + 1] of k and v.
+    Positions,
+    windows and distances are those of the sequence: distance = j - (i + Lk_n - Lq_n) with local i and j.
+
+    Args:
+        q, k, v: (total_q, Hq, D), (total_k, Hkv, D), (total_k, Hkv, Dv).
+        cu_seqlens_q, cu_seqlens_k: (N + 1,) integers from 0 to the total, not decreasing.
+        max_seqlen_q, max_seqlen_k: accepted for flash-attn's callers; nothing depends on them.
+        is_causal: lower-right aligned within each sequence, as in flash-attn (not upper-left as in `attention`).
+        bias: alibi, t5, their sums, or a diagonal with values (H, total_q + total_k - 1), distance 0 at index
+            total_k - 1.
+        mask: causal, window, prefix (one length per sequence) and their intersections.
+        The others as in `attention`.
+    Returns:
+        out (total_q, Hq, Dv); with `return_lse` also lse (Hq, total_q), fp32 (fp64 for fp64).
+    Raises:
+        as `attention`; ValueError for biases and masks that need one common score matrix (dense, padding, documents).
+    Source: the interface of flash-attn 2 (Dao, 2023).
+    """
+    problem, unsupported = _prepare_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
+    )  # fmt: skip
+    _check_options(return_lse, generator, deterministic, problem)
+    out, lse = _run("varlen_attention", impl, problem, generator, unsupported)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0].to(acc_dtype(out.dtype))) if return_lse else out
+
+
+def _run(op: str, impl: str, problem: AttentionProblem, generator, unsupported: str | None) -> tuple[Tensor, Tensor]:
+    """Choose the backend and call it: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), which kernels give in fp64."""
+    backend = _dispatch.choose(op, impl, problem, unsupported)
+    if problem.dropout_p > 0:
+        seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
+        problem = problem._replace(seed=seed)
+    if backend == "reference":
+        return _reference(problem)
+    forward = torch.ops.pyext.attention_forward.default
+    if torch.compiler.is_compiling() or _is_recorded(problem):
+        return forward(*problem)
+    # Past the Python autograd kernel, which would do nothing here: 4 of 10 us of a tiny call (Zen 5, torch 2.13).
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward(*problem)
+
+
+def _is_recorded(problem: AttentionProblem) -> bool:
+    """Whether autograd records this call."""
+    if not torch.is_grad_enabled():
+        return False
+    q, k, v, dense, diag, sinks = problem.query, problem.key, problem.value, problem.dense, problem.diag, problem.sinks
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (dense is not None and dense.requires_grad)
+        or (diag is not None and diag.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
+
+
+def _prepare(
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks
+) -> tuple[AttentionProblem, tuple[int, ...] | None, str | None]:
+    """Validate and lower a call of `attention`: (flat problem, output prefix, an argument no backend implements)."""
+    query, key, value = _inputs(("query", "key", "value"), query, key, value)
+    query, key, value, lead, prefix = four_dims(query, key, value, _checks.flag("enable_gqa", enable_gqa))
+    right = UNBOUNDED
+    if _checks.flag("is_causal", is_causal):
+        if attn_mask is not None:
+            raise ValueError(
+                "attn_mask must be None with is_causal=True (to combine them pass mask=pyext.masks.causal())"
+            )
+        right = query.shape[2] - key.shape[2]
+    if attn_mask is None and bias is None and mask is None and sinks is None:
+        lowered = (None, None, None, None, None, None, UNBOUNDED, right)
+    else:
+        device, acc = query.device, acc_dtype(query.dtype)
+        sizes = Sizes(lead, query.shape[1], query.shape[2], key.shape[2], device, acc)
+        if _is_causal_bias(attn_mask):
+            right, attn_mask = _causal_right(attn_mask, sizes), None
+        bias, mask = _absorb_attn_mask(attn_mask, bias, mask)
+        lowered = _lower(bias, mask, sinks, right, sizes)
+    return _problem(query, key, value, lowered, None, None, scale, softcap, dropout_p), prefix, _unsupported(rotary)
+
+
+def _prepare_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
+) -> tuple[AttentionProblem, str | None]:  # fmt: skip
+    """Validate and lower a call of `varlen_attention`: (flat problem, an argument no backend implements)."""
+    q, k, v = _inputs(("q", "k", "v"), q, k, v)
+    _check_packed(q, k, v, _checks.flag("enable_gqa", enable_gqa))
+    cu_q = _offsets("cu_seqlens_q", cu_seqlens_q, q)
+    cu_k = _offsets("cu_seqlens_k", cu_seqlens_k, k)
+    if cu_q.shape != cu_k.shape:
+        expected = _checks.shape_text(cu_q.shape)
+        raise _checks.shape_error("cu_seqlens_k", expected, "to match cu_seqlens_q", cu_k)
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if value is not None:
+            _checks.length(name, value)
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    right = 0 if _checks.flag("is_causal", is_causal) else UNBOUNDED
+    sizes = Sizes((), q.shape[1], q.shape[0], k.shape[0], q.device, acc_dtype(q.dtype), cu_q, cu_k)
+    lowered = _lower(bias, mask, sinks, right, sizes)
+    return _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), _unsupported(rotary)
+
+
+def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
+    """Check the numbers and put the flat problem together."""
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[3]) if query.shape[3] else 1.0
+    else:
+        scale = float(_checks.real("scale", scale))
+    if softcap is None:
+        softcap = 0.0
+    elif _checks.real("softcap", softcap) <= 0:
+        raise ValueError(f"softcap must be positive (or None), got {softcap}")
+    if dropout_p != 0.0:
+        dropout_p = _checks.probability("dropout_p", dropout_p)
+    dense, diag, diag_index, mask, intervals, sinks, left, right = lowered
+    return AttentionProblem(
+        query, key, value, dense, diag, diag_index, mask, intervals, sinks, cu_q, cu_k, None, left, right, scale,
+        float(softcap), float(dropout_p),
+    )  # fmt: skip
+
+
+def _inputs(names: tuple[str, str, str], query, key, value) -> tuple[Tensor, Tensor, Tensor]:
+    """Three dense tensors of one floating dtype on one device, after autocast."""
+    for name, tensor in zip(names, (query, key, value), strict=True):
+        _checks.tensor(name, tensor)
+    device = query.device
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta knows no autocast and raises
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (_autocast(tensor, dtype) for tensor in (query, key, value))
+    dtype = query.dtype
+    if dtype not in _checks.FLOATING:
+        _checks.floating(names[0], query)
+    if key.dtype != dtype or value.dtype != dtype:
+        name, tensor = (names[1], key) if key.dtype != dtype else (names[2], value)
+        raise TypeError(f"{name} must have dtype {dtype} to match {names[0]}, got {tensor.dtype}")
+    if key.device != device or value.device != device:
+        name, tensor = (names[1], key) if key.device != device else (names[2], value)
+        raise ValueError(f"{name} must be on {device} like {names[0]}, got {tensor.device}")
+    return query, key, value
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast's rule for SDPA: every floating dtype but float64 becomes the autocast dtype."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def _absorb_attn_mask(attn_mask, bias, mask):
+    """SDPA's attn_mask as one more bias (float) or mask (bool)."""
+    if attn_mask is None:
+        return bias, mask
+    if _checks.tensor("attn_mask", attn_mask).dtype == torch.bool:
+        extra = _masks.Dense(attn_mask, "attn_mask")
+        return bias, extra if mask is None else _instance("mask", mask, _masks.Mask) & extra
+    if attn_mask.dtype not in _checks.FLOATING:
+        raise TypeError(f"attn_mask must be a bool or float tensor, got {attn_mask.dtype}")
+    extra = _bias.Dense(attn_mask, "attn_mask")
+    return extra if bias is None else _instance("bias", bias, _bias.Bias) + extra, mask
+
+
+def _causal_right(causal, sizes: Sizes) -> int:
+    """The window that a `torch.nn.attention.bias` object stands for, as the largest distance."""
+    made = (causal.seq_len_q, causal.seq_len_kv)
+    if made != (sizes.queries, sizes.keys):
+        raise ValueError(f"attn_mask must be made for (Lq, Lk) = {(sizes.queries, sizes.keys)}, got {made}")
+    return 0 if causal.variant.name == "LOWER_RIGHT" else sizes.queries - sizes.keys
+
+
+def _is_causal_bias(value) -> bool:
+    """Whether value is a `torch.nn.attention.bias.CausalBias`, whose slow module is imported wherever one exists."""
+    module = None if type(value) is Tensor else sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(value, module.CausalBias)
+
+
+def _instance(name: str, value, kind: type):
+    if not isinstance(value, kind):
+        where = f"pyext.{'masks' if kind is _masks.Mask else 'bias'}"
+        hint = " (wrap a tensor in its dense(), or pass it as attn_mask)" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a {where} object{hint}, got {type(value).__name__}")
+    return value
+
+
+def _lower(bias, mask, sinks, right, sizes: Sizes) -> tuple:
+    """(dense, diag, diag_index, mask, intervals, sinks, left, right) of the flat problem."""
+    biases = _bias.Lowered() if bias is None else _instance("bias", bias, _bias.Bias).lower(sizes)
+    visible = _masks.Lowered() if mask is None else _instance("mask", mask, _masks.Mask).lower(sizes)
+    if sinks is not None:
+        _checks.floating("sinks", sinks)
+        if sinks.dim() != 1 or sinks.shape[0] != sizes.heads:
+            raise _checks.shape_error("sinks", f"({sizes.heads},)", "to match query", sinks)
+        _checks.same_device("sinks", sinks, sizes.device)
+        sinks = sinks.to(sizes.acc)
+    right = min(right, visible.right)
+    return (*biases, visible.mask, visible.intervals, sinks, visible.left, right)
+
+
+def _unsupported(rotary) -> str | None:
+    return None if rotary is None else "rotary"
+
+
+def _check_options(return_lse, generator, deterministic, problem: AttentionProblem) -> None:
+    """The arguments that are no part of the mathematics."""
+    _checks.flag("return_lse", return_lse)
+    _checks.flag("deterministic", deterministic)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        if generator.device.type != problem.query.device.type:
+            raise ValueError(f"generator must be on {problem.query.device} like query, got {generator.device}")
+
+
+def _check_packed(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
+    """The shapes of `varlen_attention`."""
+    for name, tensor, expected in (
+        ("q", q, "(total_q, Hq, D)"),
+        ("k", k, "(total_k, Hkv, D)"),
+        ("v", v, "(total_k, Hkv, Dv)"),
+    ):
+        if tensor.dim() != 3:
+            raise _checks.shape_error(name, expected, "", tensor)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if k.shape[2] != q.shape[2]:
+        raise _checks.shape_error("k", f"(total_k, Hkv, {q.shape[2]})", "to match q", k)
+    if v.shape[0] != k.shape[0] or v.shape[1] != kv_heads:
+        raise _checks.shape_error("v", f"({k.shape[0]}, {kv_heads}, Dv)", "to match k", v)
+    if kv_heads != heads:
+        if kv_heads == 0 or heads % kv_heads != 0:
+            raise _checks.shape_error("k", "(total_k, Hkv, D)", f"with Hkv dividing the {heads} heads of q", k)
+        if not enable_gqa and kv_heads != 1:
+            raise _checks.shape_error(
+                "k", f"(total_k, {heads}, D)", "to match q (enable_gqa=True groups query heads)", k
+            )
+
+
+def _offsets(name: str, value, packed: Tensor) -> Tensor:
+    """cu_seqlens as contiguous int32 (N + 1,); its contents are checked where that needs no device sync."""
+    if _checks.integer(name, value).dim() != 1 or value.shape[0] < 1:
+        raise _checks.shape_error(name, "(N + 1,)", "", value)
+    if value.device != packed.device:
+        raise ValueError(f"{name} must be on {packed.device} like q, got {value.device}")
+    if _checks.is_readable(value):
+        offsets = value.tolist()
+        if offsets[0] != 0 or offsets[-1] != packed.shape[0] or offsets != sorted(offsets):
+            shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
+            raise ValueError(f"{name} must rise from 0 to {packed.shape[0]}, the number of packed rows, got {shown}")
+    return value.to(torch.int32).contiguous()
+
+
+def _explain(return_lse, generator, deterministic, **call):
+    problem, _, unsupported = _prepare(**call)
+    _check_options(return_lse, generator, deterministic, problem)
+    return problem, unsupported
+
+
+def _explain_varlen(return_lse, generator, deterministic, **call):
+    problem, unsupported = _prepare_varlen(**call)
+    _check_options(return_lse, generator, deterministic, problem)
+    return problem, unsupported
+
+
+_dispatch.register(attention, _explain)
+_dispatch.register(varlen_attention, _explain_varlen)
+if _native.available():
+    _autograd.register()

@@ -21,14 +21,18 @@ def shape_error(name: str, expected: str, why: str, got: Tensor) -> ValueError:
     return ValueError(f"{name} must have shape {expected}{why and ' ' + why}, got {shape_text(got.shape)}")
 
 
+def is_dense(value) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
 def tensor(name: str, value) -> Tensor:
     """A dense tensor, or TypeError."""
+    if is_dense(value):
+        return value
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.is_nested or value.layout != torch.strided:
-        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-    return value
+    kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+    raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
 
 
 def floating(name: str, value) -> Tensor:

@@ -123,6 +123,12 @@ INLINE void store_row(DType dtype, char* dst, int64_t n, const T* src) {
   if (i < n) vstore_some<T>(dtype, dst + i * element_size(dtype), n - i, vload(src + i));
 }
 
+// Asks for rows that will be packed soon: rows are short, so the hardware's prefetcher does not get into its stride.
+INLINE void prefetch_rows(const char* src, int64_t row_bytes, int64_t count, int64_t bytes) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(src + r * row_bytes + b, _MM_HINT_T1);
+}
+
 // Eight rows of eight 32-bit elements each.
 INLINE void transpose8(__m256 (&r)[8]) {
   __m256 t[8];

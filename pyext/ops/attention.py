@@ -1,10 +1,11 @@
-"""`attention` and `varlen_attention`: validate, lower, choose a backend, call it; autograd and fake kernels of the
-op.
+"""`attention` and `varlen_attention`: validate, lower, choose a backend, call it.
 
 The path of a call: `_prepare` (named errors; biases and masks become primitives) -> `_dispatch.choose` -> the op
-`pyext::attention_forward` (CPU kernels) or `reference.attention` on the same flat problem.
+`pyext::attention_forward` (CPU kernels) or `reference.attention` on the same flat problem. `_shapes` brings SDPA's
+shapes to four dimensions, `_autograd` holds the op's derivative and fake kernels.
 """
 
+import functools
 import math
 import sys
 
@@ -50,8 +51,8 @@ def attention(
             or float64; any strides; inside autocast it is cast as SDPA casts it.
         key, value: (B, Hkv, Lk, D), (B, Hkv, Lk, Dv), of the query's dtype and device. Leading dimensions and single
             heads broadcast.
-        attn_mask: bool (True = attend) or float (added to the score, differentiable), broadcastable to (B, Hq, Lq,
-            Lk), or a `torch.nn.attention.bias` causal object.
+        attn_mask: bool (True = attend) or float (added to the score, differentiable), broadcastable to
+            (B, Hq, Lq, Lk), or a `torch.nn.attention.bias` causal object.
         dropout_p: probability of dropping an attention weight; applied whenever it is > 0, as in SDPA.
         is_causal: query i sees keys j <= i (upper-left aligned, as in SDPA; `masks.causal()` is lower-right aligned).
         scale: factor on q.k; None = 1 / sqrt(D).
@@ -126,7 +127,7 @@ def varlen_attention(
         as `attention`; ValueError for biases and masks that need one common score matrix (dense, padding, documents).
     Source: the interface of flash-attn 2 (Dao, 2023).
     """
-    problem, unsupported = _prepare_varlen(
+    problem, _, unsupported = _prepare_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
     )  # fmt: skip
@@ -195,8 +196,8 @@ def _prepare(
 def _prepare_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
-) -> tuple[AttentionProblem, str | None]:  # fmt: skip
-    """Validate and lower a call of `varlen_attention`: (flat problem, an argument no backend implements)."""
+) -> tuple[AttentionProblem, None, str | None]:  # fmt: skip
+    """The same for a call of `varlen_attention`."""
     q, k, v = _inputs(("q", "k", "v"), q, k, v)
     _check_packed(q, k, v, _checks.flag("enable_gqa", enable_gqa))
     cu_q = _offsets("cu_seqlens_q", cu_seqlens_q, q)
@@ -211,7 +212,7 @@ def _prepare_varlen(
     right = 0 if _checks.flag("is_causal", is_causal) else UNBOUNDED
     sizes = Sizes((), q.shape[1], q.shape[0], k.shape[0], q.device, acc_dtype(q.dtype), cu_q, cu_k)
     lowered = _lower(bias, mask, sinks, right, sizes)
-    return _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), _unsupported(rotary)
+    return _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), None, _unsupported(rotary)
 
 
 def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
@@ -235,8 +236,9 @@ def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) 
 
 def _inputs(names: tuple[str, str, str], query, key, value) -> tuple[Tensor, Tensor, Tensor]:
     """Three dense tensors of one floating dtype on one device, after autocast."""
-    for name, tensor in zip(names, (query, key, value), strict=True):
-        _checks.tensor(name, tensor)
+    if not (_checks.is_dense(query) and _checks.is_dense(key) and _checks.is_dense(value)):
+        for name, tensor in zip(names, (query, key, value), strict=True):
+            _checks.tensor(name, tensor)
     device = query.device
     kind = device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):  # meta knows no autocast and raises
@@ -360,19 +362,14 @@ def _offsets(name: str, value, packed: Tensor) -> Tensor:
     return value.to(torch.int32).contiguous()
 
 
-def _explain(return_lse, generator, deterministic, **call):
-    problem, _, unsupported = _prepare(**call)
+def _explain(prepare, return_lse, generator, deterministic, **call):
+    """What `_dispatch.explain` asks of an op: all of a call but running it."""
+    problem, _, unsupported = prepare(**call)
     _check_options(return_lse, generator, deterministic, problem)
     return problem, unsupported
 
 
-def _explain_varlen(return_lse, generator, deterministic, **call):
-    problem, unsupported = _prepare_varlen(**call)
-    _check_options(return_lse, generator, deterministic, problem)
-    return problem, unsupported
-
-
-_dispatch.register(attention, _explain)
-_dispatch.register(varlen_attention, _explain_varlen)
+_dispatch.register(attention, functools.partial(_explain, _prepare))
+_dispatch.register(varlen_attention, functools.partial(_explain, _prepare_varlen))
 if _native.available():
     _autograd.register()

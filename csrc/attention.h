@@ -1,8 +1,8 @@
 // The flat attention problem that every CPU kernel receives: pointers, sizes, strides. No torch headers here.
 //
 //   S(i, j) = softcap(scale * q_i . k_j) + dense(b, h, i, j) + diag(h, index[distance + k_len - 1])
-//   distance = j - (i + k_len - q_len); key j is visible when -left <= distance <= right and lo_i <= j < hi_i and mask(i, j)
-//   P = dropout(softmax(S, with sinks as one more logit)), out = P v, lse = log(sum(exp(S)))
+//   distance = j - (i + k_len - q_len); key j is visible when -left <= distance <= right and lo_i <= j < hi_i and
+//   mask(i, j) P = dropout(softmax(S, with sinks as one more logit)), out = P v, lse = log(sum(exp(S)))
 #pragma once
 #include <cstdint>
 
@@ -30,11 +30,11 @@ struct AttentionProblem {
   DType dense_dtype = DType::f32;
   const void* diag = nullptr;  // (heads or 1, diag_rows) contiguous, accumulator type
   int64_t diag_heads = 0, diag_rows = 0;
-  const int32_t* diag_index = nullptr;  // (q_len + k_len - 1,), or null for the identity
-  Input mask;                           // bytes, non-zero = attend
-  const int32_t* intervals = nullptr;   // (batch or 1, q_len, 2): [lo, hi)
-  int64_t intervals_batch = 0;          // batch stride in elements, 0 broadcasts
-  const void* sinks = nullptr;          // (heads,), accumulator type
+  const int32_t* diag_index = nullptr;    // (q_len + k_len - 1,), or null for the identity
+  Input mask;                             // bytes, non-zero = attend
+  const int32_t* intervals = nullptr;     // (batch or 1, q_len, 2): [lo, hi)
+  int64_t intervals_batch = 0;            // batch stride in elements, 0 broadcasts
+  const void* sinks = nullptr;            // (heads,), accumulator type
   const int32_t* cu_seqlens_q = nullptr;  // (sequences + 1,): sequences packed along the rows; then batch is 1
   const int32_t* cu_seqlens_k = nullptr;
   int64_t sequences = 0;
@@ -44,7 +44,7 @@ struct AttentionProblem {
 
   // Backward only.
   Input grad_out;
-  const double* grad_lse = nullptr;               // like lse, may be null
+  const double* grad_lse = nullptr;  // like lse, may be null
   Output grad_query, grad_key, grad_value;
   Output grad_dense;           // accumulator type, zeroed, summed over dimensions of stride 0; null: not wanted
   void* grad_diag = nullptr;   // like diag; null: not wanted

@@ -201,7 +201,8 @@ struct ScoreTerms {
 };
 
 template <class C>
-ScoreTerms<C> score_terms(const AttentionProblem& p, const Span& s, int64_t head, const HeadMask& mask, const typename C::T* strip) {
+ScoreTerms<C> score_terms(const AttentionProblem& p, const Span& s, int64_t head, const HeadMask& mask,
+                          const typename C::T* strip) {
   ScoreTerms<C> terms;
   terms.dense_dtype = p.dense_dtype;
   if (p.dense.data) {
@@ -246,7 +247,8 @@ void dropout_row(const AttentionProblem& p, int64_t batch, int64_t head, int64_t
   const uint64_t threshold = uint64_t(p.dropout_p * 4294967296.0);
   const T kept = p.dropout_p < 1 ? T(1 / (1 - p.dropout_p)) : T(0);
   for (int64_t c = 0; c < n; c += 4 * w) {
-    U x0 = uadd(uiota(), uset(uint32_t((j0 + c) >> 2))), x1 = uset(uint32_t(i)), x2 = uset(uint32_t(head)), x3 = uset(uint32_t(batch));
+    U x0 = uadd(uiota(), uset(uint32_t((j0 + c) >> 2))), x1 = uset(uint32_t(i)), x2 = uset(uint32_t(head)),
+      x3 = uset(uint32_t(batch));
     uint32_t key0 = uint32_t(p.seed), key1 = uint32_t(p.seed >> 32);
     for (int round = 0; round < 10; ++round) {
       U hi0, lo0, hi1, lo1;

@@ -13,8 +13,8 @@ namespace pyext {
 namespace {
 
 // How a kernel computes: T is the 32- or 64-bit packed element, pair the number of k it holds. Scores are kept in units
-// of 1 / units nats, and exp turns a difference of scores into a ratio of probabilities: base 2 saves an operation where
-// bf16 hides the rounding of the product with log2(e), nats keep fp32 as exact as the library's own softmax.
+// of 1 / units nats, and exp turns a difference of scores into a ratio of probabilities: base 2 saves an operation
+// where bf16 hides the rounding of the product with log2(e), nats keep fp32 as exact as the library's own softmax.
 struct ComputeF32 {
   using T = float;
   static constexpr int pair = 1;
@@ -83,10 +83,11 @@ struct Tile {
   }
 };
 
-// c[rows x count columns] = A B + factor * c, count <= kPanel: the last panel of an odd width runs with one vector if that
-// is enough. The product starts from zero: sums of sums lose fewer bits than one long sum.
+// c[rows x count columns] = A B + factor * c, count <= kPanel: the last panel of an odd width runs with one vector if
+// that is enough. The product starts from zero: sums of sums lose fewer bits than one long sum.
 template <class C, int vectors, int64_t row_step, int64_t k_step>
-INLINE void accumulate_vectors(int64_t k, const typename C::T* a, const typename C::T* b, typename C::T* c, const typename C::T* factor) {
+INLINE void accumulate_vectors(int64_t k, const typename C::T* a, const typename C::T* b, typename C::T* c,
+                               const typename C::T* factor) {
   using T = typename C::T;
   Tile<C, vectors> tile;
   tile.zero();
@@ -132,7 +133,8 @@ INLINE void prefetch_rows(const char* src, int64_t row_bytes, int64_t count, int
 // Eight rows of eight 32-bit elements each.
 INLINE void transpose8(__m256 (&r)[8]) {
   __m256 t[8];
-  UNROLL for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  UNROLL for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]),
+                                        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
   UNROLL for (int i = 0; i < 8; i += 4) {
     r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
     r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
@@ -159,18 +161,21 @@ INLINE __m256 load8(DType dtype, const char* row, int64_t k, int64_t features) {
 // dst[k * width + r] = src(r, k) for r < width; rows >= count are zero. k runs to ceil(features / pair).
 // May write up to 8 elements past the end of the panel.
 template <class C>
-void pack_columns(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t features, int64_t width, typename C::T* dst) {
+void pack_columns(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t features, int64_t width,
+                  typename C::T* dst) {
   int64_t depth = ceil_div(features, C::pair);
   if constexpr (sizeof(typename C::T) == 8) {
     for (int64_t r = 0; r < width; ++r)
-      for (int64_t k = 0; k < depth; ++k) dst[k * width + r] = r < count ? ((const double*)(src + r * row_bytes))[k] : 0.;
+      for (int64_t k = 0; k < depth; ++k)
+        dst[k * width + r] = r < count ? ((const double*)(src + r * row_bytes))[k] : 0.;
   } else {
     // Ascending r and k: where width is no multiple of 8 the surplus lanes are overwritten by what comes next.
     for (int64_t k = 0; k < depth; k += 8) {
       int64_t steps = min_of<int64_t>(8, depth - k);
       __m256 block[8];
       for (int64_t r = 0; r < width; r += 8) {
-        UNROLL for (int i = 0; i < 8; ++i) block[i] = r + i < count ? load8<C>(dtype, src + (r + i) * row_bytes, k, features) : _mm256_setzero_ps();
+        UNROLL for (int i = 0; i < 8; ++i) block[i] =
+            r + i < count ? load8<C>(dtype, src + (r + i) * row_bytes, k, features) : _mm256_setzero_ps();
         transpose8(block);
         for (int64_t s = 0; s < steps; ++s) _mm256_storeu_ps(dst + (k + s) * width + r, block[s]);
       }
@@ -187,18 +192,21 @@ INLINE F interleave(const uint16_t* first, const uint16_t* second) {
 }
 // Rounds two rows to bf16 and stores them as pairs.
 INLINE void store_pairs(float* p, F first, F second) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first)));
 }
 // Rounds 32 consecutive values of one row to bf16: pairs along the row are what memory order gives.
-INLINE void store_row_pairs(float* p, F low, F high) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+INLINE void store_row_pairs(float* p, F low, F high) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
 #endif
 
-// dst[panel][k][kPanel] from rows [0, count) of src, k running to ceil(padded / pair) with zero rows past count; panels are
-// `panel_stride` elements apart.
+// dst[panel][k][kPanel] from rows [0, count) of src, k running to ceil(padded / pair) with zero rows past count; panels
+// are `panel_stride` elements apart.
 template <class C>
-void pack_rows(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t padded, int64_t features, int64_t panel_stride,
-               typename C::T* dst) {
+void pack_rows(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t padded, int64_t features,
+               int64_t panel_stride, typename C::T* dst) {
   using T = typename C::T;
   constexpr int w = kWidth<T>, panel = kPanel<T>;
   int64_t depth = ceil_div(padded, C::pair), size = element_size(dtype);

@@ -81,8 +81,12 @@ INLINE Lanes lanes(int64_t lo, int64_t hi) {
 }
 INLINE F select(Lanes m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 INLINE D select(Lanes m, D yes, D no) { return _mm512_mask_blend_pd(__mmask8(m), no, yes); }
-INLINE Lanes nonzero_bytes(const uint8_t* p, float) { return _mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-1)); }
-INLINE Lanes nonzero_bytes(const uint8_t* p, double) { return _mm_test_epi8_mask(_mm_loadl_epi64((const __m128i*)p), _mm_set1_epi8(-1)); }
+INLINE Lanes nonzero_bytes(const uint8_t* p, float) {
+  return _mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-1));
+}
+INLINE Lanes nonzero_bytes(const uint8_t* p, double) {
+  return _mm_test_epi8_mask(_mm_loadl_epi64((const __m128i*)p), _mm_set1_epi8(-1));
+}
 INLINE Lanes less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INLINE Lanes less(D a, D b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
 
@@ -189,10 +193,12 @@ INLINE Lanes lanes(int64_t lo, int64_t hi) {
   lo = max_of<int64_t>(-1, min_of(lo, w)), hi = max_of<int64_t>(-1, min_of(hi, w));
   if constexpr (sizeof(T) == 4) {
     __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(lo)), lane), _mm256_cmpgt_epi32(_mm256_set1_epi32(int(hi)), lane));
+    return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(lo)), lane),
+                               _mm256_cmpgt_epi32(_mm256_set1_epi32(int(hi)), lane));
   } else {
     __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-    return _mm256_andnot_si256(_mm256_cmpgt_epi64(_mm256_set1_epi64x(lo), lane), _mm256_cmpgt_epi64(_mm256_set1_epi64x(hi), lane));
+    return _mm256_andnot_si256(_mm256_cmpgt_epi64(_mm256_set1_epi64x(lo), lane),
+                               _mm256_cmpgt_epi64(_mm256_set1_epi64x(hi), lane));
   }
 }
 INLINE F select(Lanes m, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(m)); }

@@ -150,11 +150,12 @@ struct Strips {
   }
 };
 
-// ---- the score terms that are not fused into a GEMM's epilogue: softcap, dense bias, byte mask ----
+// ---- the score terms that a GEMM's epilogue does not compute itself: dense bias, byte mask, softcap ----
 
 template <class C>
 struct ScoreTerms {
   using T = typename C::T;
+  static constexpr int W = kWidth<T>;
   DType dense_dtype;
   const char* dense = nullptr;  // row 0 of this (batch, head)
   int64_t dense_row_bytes = 0;
@@ -164,39 +165,68 @@ struct ScoreTerms {
   T cap = 0;                 // softcap in score units; 0 = off
   int64_t k_len = 0;
 
-  bool any() const { return dense || mask || cap != T(0); }
+  bool tabulated() const { return dense || mask; }  // needs a table of addends
 
-  // s[c] for keys j0 + c, c < n (n a multiple of the width): raw products -> finished scores, hidden keys -> -inf.
-  // With a softcap the raw products are in units of the cap, and cap_slope[c] receives the derivative of tanh.
-  void finish_row(int64_t i, int64_t j0, int64_t n, Range visible, T* s, T* cap_slope) const {
-    constexpr int w = kWidth<T>;
+  // to[c] = what is added to the score of key j0 + c, c < n (n a multiple of the width); -inf hides a key.
+  void addend_row(int64_t i, int64_t j0, int64_t n, Range visible, T* to) const {
+    switch (dense ? dense_dtype : DType::f32) {
+      case DType::f32:
+        return addend_row_of<DType::f32>(i, j0, n, visible, to);
+      case DType::bf16:
+        return addend_row_of<DType::bf16>(i, j0, n, visible, to);
+      case DType::f16:
+        return addend_row_of<DType::f16>(i, j0, n, visible, to);
+      case DType::f64:
+        return addend_row_of<DType::f64>(i, j0, n, visible, to);
+    }
+  }
+  template <DType dtype>
+  void addend_row_of(int64_t i, int64_t j0, int64_t n, Range visible, T* to) const {
+    const Vec<T> hidden = vset(T(-kInfinity));
+    const char* bias = dense ? dense + i * dense_row_bytes + j0 * element_size(dtype) : nullptr;
+    const uint8_t* bytes = mask ? mask + i * mask_row + j0 : nullptr;
+    for (int64_t c = 0; c < n; c += W) {
+      const int64_t j = j0 + c, left = k_len - j;
+      Vec<T> x = vset(T(0));
+      if (bias && left > 0) {
+        const char* at = bias + c * element_size(dtype);
+        x = in_units(left >= W ? vload_as(dtype, at, T(0)) : vload_some<T>(dtype, at, left));
+      }
+      if (strip) x = vadd(x, vload(strip + j - i));
+      if (bytes && left > 0) {
+        uint8_t some[W] = {};
+        if (left < W) memcpy(some, bytes + c, size_t(left));
+        x = select(nonzero_bytes(left < W ? some : bytes + c, T(0)), x, hidden);
+      }
+      if (visible.lo > j || visible.hi < j + W) x = select(lanes<T>(visible.lo - j, visible.hi - j), x, hidden);
+      vstore(to + c, x);
+    }
+  }
+  // A finite "minus infinity" (finfo.min, as many trainers use) stays finite in other units, too.
+  static INLINE Vec<T> in_units(Vec<T> bias) {
+    if (C::units == 1) return bias;
     const T lowest = sizeof(T) == 4 ? T(-3.402823466e+38) : T(-1.7976931348623157e308);
-    Vec<T> hidden = vset(T(-kInfinity));
-    for (int64_t c = 0; c < n; c += w) {
-      int64_t j = j0 + c, left = k_len - j;
+    Vec<T> scaled = vmax(vmul(bias, vset(T(C::units))), vset(lowest));
+    return select(less(vset(T(-kInfinity)), bias), scaled, bias);
+  }
+
+  // s[c] = capped(s[c]) + addend(c): scaled products -> finished scores. With a softcap the products are in units of
+  // the cap, and slope[c], if wanted, receives the derivative of tanh. Returns the maximum in each lane.
+  Vec<T> finish_row(int64_t i, int64_t j0, int64_t n, Range visible, T* s, T* slope, T* addends) const {
+    addend_row(i, j0, n, visible, addends);
+    Vec<T> top = vset(T(-kInfinity));
+    for (int64_t c = 0; c < n; c += W) {
       Vec<T> x = vload(s + c);
       if (cap != T(0)) {
         Vec<T> y = vtanh(x);
-        if (cap_slope) vstore(cap_slope + c, vsub(vset(T(1)), vmul(y, y)));
+        if (slope) vstore(slope + c, vsub(vset(T(1)), vmul(y, y)));
         x = vmul(y, vset(cap));
       }
-      if (dense && left > 0) {
-        const char* p = dense + i * dense_row_bytes + j * element_size(dense_dtype);
-        Vec<T> d = left >= w ? vload_as(dense_dtype, p, T(0)) : vload_some<T>(dense_dtype, p, left);
-        // A finite "minus infinity" (finfo.min, as many trainers use) must stay finite in other units, too.
-        Vec<T> scaled = vmax(vmul(d, vset(T(C::units))), vset(lowest));
-        x = vadd(x, select(less(hidden, d), scaled, d));
-      }
-      if (strip) x = vadd(x, vload(strip + j - i));
-      if (mask && left > 0) {
-        const uint8_t* p = mask + i * mask_row + j;
-        uint8_t some[w] = {};
-        if (left < w) memcpy(some, p, size_t(left)), p = some;
-        x = select(nonzero_bytes(p, T(0)), x, hidden);
-      }
-      if (visible.lo > j || visible.hi < j + w) x = select(lanes<T>(visible.lo - j, visible.hi - j), x, hidden);
+      x = vadd(x, vload(addends + c));
+      top = vmax(x, top);
       vstore(s + c, x);
     }
+    return top;
   }
 };
 

@@ -1,0 +1,103 @@
+"""Seeds that change with every run, poisoned fresh memory, and the list of backends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import sys
+import zlib
+
+import pytest
+import torch
+import torch.utils.deterministic
+
+from support import backends
+
+SESSION_SEED = int(os.environ.get("PYEXT_TEST_SEED") or random.SystemRandom().randrange(2**31))
+M_PERTURB, FRESH_BYTES = -6, 0x01  # glibc fills fresh memory with the complement, 0xFE: -1.7e38 in fp32, NaN in fp16
+
+
+def pytest_report_header(config):
+    names = ", ".join(map(str, backends.ALL)) or "none"
+    return [f"pyext seed: {SESSION_SEED} (PYEXT_TEST_SEED={SESSION_SEED} repeats this run)", f"pyext backends: {names}"]
+
+
+def pytest_configure(config):
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_PERTURB, FRESH_BYTES)
+
+
+def pytest_collection_modifyitems(items):
+    """Run the backends of one case after each other: they share its inputs and its oracle, which are cached."""
+    order = {}
+
+    def key(item):
+        parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        for name in ("backend", "cpu"):
+            parameters.pop(name, None)
+        case = (item.nodeid.split("[")[0], *((name, id(value)) for name, value in parameters.items()))
+        return order.setdefault(case, len(order))
+
+    items.sort(key=key)
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A number that differs between tests and between runs."""
+    return zlib.crc32(f"{SESSION_SEED}/{request.node.nodeid}".encode())
+
+
+@pytest.fixture
+def session_seed() -> int:
+    """A number that differs between runs only, so that all backends of one case see the same inputs."""
+    return SESSION_SEED
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(request):
+    """Seed torch, use one thread, fill fresh tensors with NaN; put torch's switches back afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(zlib.crc32(f"{SESSION_SEED}/{request.node.nodeid}".encode()))
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=backends.ALL, ids=str)
+def backend(request):
+    """Every implementation."""
+    with request.param.selected():
+        yield request.param
+
+
+def _name(backend) -> str:
+    return str(backend) if backend else "cpu-missing"
+
+
+def _use(backend):
+    """Select a CPU backend for a test. Missing where it should run is a failure, not a skip."""
+    if backend is None:
+        if backends.cpu_kernels_expected() and not os.environ.get("PYEXT_TEST_BACKENDS"):
+            pytest.fail("this machine has AVX2, FMA and F16C, but pyext._C offers no kernel")
+        pytest.skip("no CPU kernel is to run here")
+    return backend.selected()
+
+
+@pytest.fixture(params=backends.CPU or [None], ids=_name)
+def cpu(request):
+    """The CPU kernels, once per instruction set."""
+    with _use(request.param) as backend:
+        yield backend
+
+
+@pytest.fixture(params=backends.CPU[-1:] or [None], ids=_name)
+def cpu_best(request):
+    """The CPU kernels, on the best instruction set only: for what does not depend on it."""
+    with _use(request.param) as backend:
+        yield backend

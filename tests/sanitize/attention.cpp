@@ -1,0 +1,357 @@
+// Runs the attention kernels of every instruction set on random odd shapes under AddressSanitizer and UBSan, without
+// Python or torch:  sanitize [cases] [seed].  `.ci/run` builds it by CMake with -DPYEXT_SANITIZE=ON.
+//
+// Besides what the sanitizers see: every buffer ends, or begins, at a page that may not be touched (compilers do not
+// instrument masked vector loads and stores); gaps between rows hold NaN and must stay as they are, as must the inputs;
+// results start as NaN and must all be written; one thread and several give the same bits; instruction sets agree.
+#include "attention.h"
+
+#include <sanitizer/common_interface_defs.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <map>
+#include <thread>
+#include <utility>
+
+#include "cpu/isa.h"
+#include "guarded.h"
+#include "parallel.h"
+
+namespace pyext {
+namespace {
+
+constexpr int64_t kUnbounded = int64_t{1} << 62;
+
+// What a case is made of. Strides come later, from the seed.
+struct Case {
+  DType dtype;
+  int64_t batch, kv_heads, group, q_len, k_len, head_dim, value_dim;
+  int64_t left = kUnbounded, right = kUnbounded;
+  int64_t sequences = 0;
+  DType dense_dtype;
+  bool dense, diag, diag_index, mask, intervals, sinks, grad_lse;
+  double softcap, dropout;
+  uint64_t seed;
+  int64_t heads() const { return kv_heads * group; }
+  DType accumulator() const { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+};
+
+Case make_case(Random& random) {
+  const int64_t lengths[] = {0, 1, 2, 3, 7, 16, 17, 31, 64, 65, 97, 130, 259, 300};
+  const int64_t dims[] = {1, 3, 8, 16, 20, 33, 64, 72, 80, 128, 130, 256};
+  Case c{};
+  c.dtype = static_cast<DType>(random.below(4));
+  c.batch = 1 + random.below(2);
+  c.kv_heads = 1 + random.below(2);
+  c.group = random.one_in(3) ? 3 : 1;
+  c.q_len = lengths[random.below(14)];
+  c.k_len = lengths[random.below(14)];
+  if (c.q_len <= 8 && random.one_in(2)) c.k_len = 500 + random.below(600);  // decoding: several chunks of keys
+  c.head_dim = dims[random.below(12)];
+  c.value_dim = random.one_in(2) ? c.head_dim : dims[random.below(12)];
+  if (random.one_in(4)) c.right = 0;
+  if (random.one_in(4)) c.left = random.below(70);
+  if (random.one_in(6)) c.right = random.below(70);
+  if (random.one_in(5)) {
+    c.batch = 1;
+    c.sequences = 1 + random.below(4);
+  }
+  c.dense = !c.sequences && random.one_in(3);
+  c.dense_dtype = static_cast<DType>(random.below(c.dtype == DType::f64 ? 4 : 3));  // fp64 only beside fp64
+  c.diag = random.one_in(2);
+  c.diag_index = c.diag && random.one_in(2);
+  c.mask = !c.sequences && random.one_in(4);
+  c.intervals = random.one_in(3);
+  c.sinks = random.one_in(3);
+  c.grad_lse = random.one_in(2);
+  c.softcap = random.one_in(4) ? 5.0 : 0.0;
+  c.dropout = random.one_in(4) ? 0.25 : 0.0;
+  c.seed = random.next();
+  return c;
+}
+
+std::string describe(const Case& c) {
+  const char* dtypes[] = {"fp32", "bf16", "fp16", "fp64"};
+  std::string text = dtypes[static_cast<int>(c.dtype)];
+  if (c.dense) text += std::string(" dense=") + dtypes[static_cast<int>(c.dense_dtype)];
+  auto number = [&](const char* name, double value) {
+    char digits[40];
+    std::snprintf(digits, sizeof digits, "%.6g", value);
+    text += std::string(" ") + name + "=" + digits;
+  };
+  number("batch", c.batch), number("heads", c.heads()), number("kv_heads", c.kv_heads);
+  number("q_len", c.q_len), number("k_len", c.k_len), number("head_dim", c.head_dim), number("value_dim", c.value_dim);
+  if (c.left != kUnbounded) number("left", c.left);
+  if (c.right != kUnbounded) number("right", c.right);
+  if (c.sequences) number("sequences", c.sequences);
+  if (c.softcap != 0) number("softcap", c.softcap);
+  if (c.dropout != 0) number("dropout", c.dropout);
+  const std::pair<bool, const char*> flags[] = {
+      {c.dense, " dense"}, {c.diag, " diag"},           {c.diag_index, " index"}, {c.mask, " mask"},
+      {c.sinks, " sinks"}, {c.intervals, " intervals"}, {c.grad_lse, " grad_lse"}};
+  for (const auto& [set, name] : flags) text += set ? name : "";
+  return text;
+}
+
+// --- Threads ---
+
+void run_serially(int64_t count, void (*body)(int64_t, void*), void* context) {
+  for (int64_t i = 0; i < count; ++i) body(i, context);
+}
+
+void run_threaded(int64_t count, void (*body)(int64_t, void*), void* context) {
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t i; (i = next++) < count;) body(i, context);
+  };
+  std::thread others[] = {std::thread(work), std::thread(work)};
+  work();
+  for (std::thread& thread : others) thread.join();
+}
+
+// --- A problem with its memory ---
+
+struct Instance {
+  explicit Instance(const Case& c, bool guard_before) : c_(c), random_(c.seed), guard_before_(guard_before) {
+    AttentionProblem& p = problem;
+    p.dtype = c.dtype;
+    p.batch = c.batch, p.heads = c.heads(), p.kv_heads = c.kv_heads;
+    p.q_len = c.q_len, p.k_len = c.k_len, p.head_dim = c.head_dim, p.value_dim = c.value_dim;
+    p.left = c.left, p.right = c.right;
+    p.scale = 1 / std::sqrt(static_cast<double>(c.head_dim)), p.softcap = c.softcap, p.dropout_p = c.dropout,
+    p.seed = c.seed;
+    p.query = input(c.heads(), c.q_len, c.head_dim);
+    p.key = input(c.kv_heads, c.k_len, c.head_dim);
+    p.value = input(c.kv_heads, c.k_len, c.value_dim);
+    p.grad_out = input(c.heads(), c.q_len, c.value_dim);
+    p.out = output("out", c.heads(), c.q_len, c.value_dim);
+    p.grad_query = output("grad_query", c.heads(), c.q_len, c.head_dim);
+    p.grad_key = output("grad_key", c.kv_heads, c.k_len, c.head_dim);
+    p.grad_value = output("grad_value", c.kv_heads, c.k_len, c.value_dim);
+    const int64_t rows = c.batch * c.heads() * c.q_len;
+    p.lse = static_cast<double*>(result("lse", View::make(1, 1, 1, rows, 0, 0), DType::f64).data());
+    if (c.grad_lse) p.grad_lse = static_cast<const double*>(numbers(rows, DType::f64));
+    if (c.sinks) {
+      p.sinks = numbers(c.heads(), c.accumulator());
+      p.grad_sinks = flat("grad_sinks", c.heads());
+    }
+    add_masks();
+    add_biases();
+    add_sequences();
+  }
+
+  // Runs forward and backward; the results by name, as numbers.
+  std::map<std::string, std::vector<double>> run(const KernelTable& kernels, const Parallel& parallel) {
+    for (Result& result : results_) {
+      result.memory->fill_nan();
+      if (result.zeroed) result.view.for_each([&](int64_t offset) { result.memory->set(offset, 0); });
+    }
+    std::vector<std::vector<char>> before;
+    for (const auto& memory : inputs_) before.push_back(memory->bytes());
+    kernels.attention_forward(problem, parallel);
+    kernels.attention_backward(problem, parallel);
+    for (size_t i = 0; i < inputs_.size(); ++i) require(inputs_[i]->bytes() == before[i], "an input was written");
+    std::map<std::string, std::vector<double>> values;
+    for (Result& result : results_) {
+      std::vector<double>& list = values[result.name];
+      result.view.for_each([&](int64_t offset) {
+        list.push_back(result.memory->get(offset));
+        require(!std::isnan(list.back()), result.name + " has a NaN, or was not written everywhere");
+        result.memory->set_nan(offset);
+      });
+      require(result.memory->all_nan(), result.name + ": something beside its elements was written");
+    }
+    return values;
+  }
+
+  AttentionProblem problem;
+
+ private:
+  struct Result {
+    std::string name;
+    View view;
+    std::unique_ptr<Memory> memory;
+    bool zeroed;  // the kernel adds to it
+  };
+
+  View layout(int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+    return View::make(batch, heads, rows, columns, random_.below(2), random_.one_in(2) ? 0 : 1 + random_.below(5));
+  }
+
+  template <class Pointer>
+  static Strided<Pointer> strided(const View& view, Memory& memory) {
+    return {memory.data(), view.stride[0], view.stride[1], view.stride[2]};
+  }
+
+  // The same with stride 0 where there is one element for all.
+  template <class Pointer>
+  static Strided<Pointer> broadcast(Strided<Pointer> tensor, const View& view) {
+    if (view.size[0] == 1) tensor.batch = 0;
+    if (view.size[1] == 1) tensor.head = 0;
+    if (view.size[2] == 1) tensor.row = 0;
+    return tensor;
+  }
+
+  // A tensor of random numbers in [-2, 2], or of what `value` gives.
+  template <class Value>
+  Memory& filled(const View& view, DType dtype, Value value) {
+    inputs_.push_back(std::make_unique<Memory>(view.elements(), dtype, guard_before_));
+    Memory& memory = *inputs_.back();
+    memory.fill_nan();
+    view.for_each([&](int64_t offset) { memory.set(offset, value()); });
+    return memory;
+  }
+  double number() { return static_cast<double>(random_.below(257)) / 64 - 2; }
+
+  Input input(int64_t heads, int64_t rows, int64_t columns) {
+    const View view = layout(c_.batch, heads, rows, columns);
+    return strided<const void*>(view, filled(view, c_.dtype, [&] { return number(); }));
+  }
+  const void* numbers(int64_t count, DType dtype) {
+    return filled(View::make(1, 1, 1, count, 0, 0), dtype, [&] { return number(); }).data();
+  }
+  Output output(const std::string& name, int64_t heads, int64_t rows, int64_t columns) {
+    const View view = layout(c_.batch, heads, rows, columns);
+    return strided<void*>(view, result(name, view, c_.dtype));
+  }
+  void* flat(const std::string& name, int64_t count) {
+    return result(name, View::make(1, 1, 1, count, 0, 0), c_.accumulator()).data();
+  }
+  Memory& result(const std::string& name, const View& view, DType dtype) {
+    results_.push_back({name, view, std::make_unique<Memory>(view.elements(), dtype, guard_before_), false});
+    return *results_.back().memory;
+  }
+  template <class Value>
+  const int32_t* integers(int64_t count, Value value) {
+    integers_.push_back(std::make_unique<Memory>(count, DType::f32, guard_before_));
+    int32_t* data = static_cast<int32_t*>(integers_.back()->data());
+    for (int64_t i = 0; i < count; ++i) data[i] = value(i);
+    return data;
+  }
+
+  void add_masks() {
+    if (c_.intervals) {
+      const bool batched = random_.one_in(2);
+      problem.intervals_batch = batched ? c_.q_len * 2 : 0;
+      const int64_t count = (batched ? c_.batch : 1) * c_.q_len * 2;
+      const int64_t range = c_.k_len + 10;  // some reach beyond the keys, some are empty
+      problem.intervals = integers(count, [&](int64_t i) {
+        const int64_t at = random_.below(range);
+        return static_cast<int32_t>(i % 2 ? c_.k_len + 5 - at / 2 : at - 5);
+      });
+    }
+    if (c_.mask) {
+      const int64_t batch = random_.one_in(2) ? c_.batch : 1, heads = random_.one_in(2) ? c_.heads() : 1;
+      const int64_t rows = random_.one_in(3) ? 1 : c_.q_len;
+      const View view = layout(batch, heads, rows, c_.k_len);
+      masks_.push_back(std::make_unique<Memory>(view.elements(), 1, guard_before_));
+      char* bytes = static_cast<char*>(masks_.back()->data());
+      for (int64_t i = 0; i < view.elements(); ++i) bytes[i] = !random_.one_in(3);
+      problem.mask = broadcast(strided<const void*>(view, *masks_.back()), view);
+    }
+  }
+
+  void add_biases() {
+    if (c_.dense) {
+      const int64_t batch = random_.one_in(2) ? c_.batch : 1, heads = random_.one_in(2) ? c_.heads() : 1;
+      const int64_t rows = random_.one_in(3) ? 1 : c_.q_len;
+      const View view = layout(batch, heads, rows, c_.k_len), packed = View::make(batch, heads, rows, c_.k_len, 0, 0);
+      problem.dense_dtype = c_.dense_dtype;
+      Memory& dense = filled(view, problem.dense_dtype, [&] { return number(); });
+      problem.dense = broadcast(strided<const void*>(view, dense), view);
+      if (!random_.one_in(3)) {
+        Memory& sum = result("grad_dense", packed, c_.accumulator());
+        problem.grad_dense = broadcast(strided<void*>(packed, sum), view);
+        results_.back().zeroed = true;
+      }
+    }
+    if (c_.diag) {
+      const int64_t strip = std::max<int64_t>(0, c_.q_len + c_.k_len - 1);
+      problem.diag_heads = random_.one_in(2) ? c_.heads() : 1;
+      problem.diag_rows = c_.diag_index ? 5 : strip;
+      if (c_.diag_index) {
+        problem.diag_index = integers(strip, [&](int64_t i) { return static_cast<int32_t>(i * 5 / strip); });
+      }
+      problem.diag = numbers(problem.diag_heads * problem.diag_rows, c_.accumulator());
+      if (!random_.one_in(3)) problem.grad_diag = flat("grad_diag", problem.diag_heads * problem.diag_rows);
+    }
+  }
+
+  void add_sequences() {
+    problem.sequences = c_.sequences;
+    if (!c_.sequences) return;
+    auto cuts = [&](int64_t length) {
+      std::vector<int32_t> at{0, static_cast<int32_t>(length)};
+      while (static_cast<int64_t>(at.size()) <= c_.sequences)
+        at.push_back(static_cast<int32_t>(random_.below(length + 1)));
+      std::sort(at.begin(), at.end());
+      return integers(c_.sequences + 1, [&](int64_t i) { return at[static_cast<size_t>(i)]; });
+    };
+    problem.cu_seqlens_q = cuts(c_.q_len);
+    problem.cu_seqlens_k = cuts(c_.k_len);
+  }
+
+  Case c_;
+  Random random_;
+  bool guard_before_;
+  std::vector<std::unique_ptr<Memory>> inputs_, integers_, masks_;
+  std::vector<Result> results_;
+};
+
+// --- Checks ---
+
+void compare(const char* name, const std::map<std::string, std::vector<double>>& expected,
+             const std::map<std::string, std::vector<double>>& got, double tolerance) {
+  for (const auto& [key, values] : expected) {
+    const std::vector<double>& others = got.at(key);
+    double largest = 1;
+    for (double value : values) {
+      if (std::isfinite(value)) largest = std::max(largest, std::fabs(value));
+    }
+    for (size_t i = 0; i < values.size(); ++i) {
+      const bool same = values[i] == others[i] || std::fabs(values[i] - others[i]) <= tolerance * largest;
+      require(same, std::string(name) + ": " + key + "[" + std::to_string(i) + "] is " + std::to_string(others[i]) +
+                        ", expected " + std::to_string(values[i]));
+    }
+  }
+}
+
+void check(const Case& c) {
+  // Coarse, for gradients that cancel to nothing keep the noise of a rounded output: a wrong element is far outside,
+  // and precision is the business of the Python tests.
+  const double tolerances[] = {/*f32*/ 1e-3, /*bf16*/ 0.3, /*f16*/ 0.05, /*f64*/ 1e-10};
+  const Parallel serial{1, run_serially}, threaded{3, run_threaded};
+  std::map<std::string, std::vector<double>> first;
+  for (const KernelTable* const* table = compiled_kernels(); *table; ++table) {
+    if (!cpu_can_run((*table)->name)) continue;
+    context().isa = (*table)->name;
+    auto alone = Instance(c, /*guard_before=*/false).run(**table, serial);
+    auto together = Instance(c, /*guard_before=*/true).run(**table, threaded);
+    compare("three threads against one", alone, together, 0);
+    if (first.empty()) first = alone;
+    compare("another instruction set", first, alone, tolerances[static_cast<int>(c.dtype)]);
+  }
+}
+
+}  // namespace
+}  // namespace pyext
+
+int main(int argc, char** argv) {
+  using namespace pyext;
+  __sanitizer_set_death_callback(
+      [] { std::fprintf(stderr, "FAILED %s [%s]\n", context().text.c_str(), context().isa.c_str()); });
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 200;
+  Random random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  for (int i = 0; i < cases; ++i) {
+    const Case c = make_case(random);
+    context().text = "case " + std::to_string(i) + " (" + describe(c) + ")";
+    check(c);
+  }
+  std::printf("%d attention cases passed, forward and backward, on", cases);
+  for (const KernelTable* const* table = compiled_kernels(); *table; ++table) {
+    std::printf(" %s%s", (*table)->name, cpu_can_run((*table)->name) ? "" : " (not: this CPU cannot)");
+  }
+  std::printf("\n");
+  return 0;
+}

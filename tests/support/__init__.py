@@ -1,0 +1,1 @@
+"""What the attention tests share: an independent fp64 oracle, the tolerance rule, inputs in poisoned memory."""

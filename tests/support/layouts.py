@@ -1,0 +1,61 @@
+"""Tensors as users have them: every stride pattern, always a view into NaN-filled storage.
+
+A kernel that reads one element outside its view, or computes with a tail it should have masked, meets a NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+MARGIN = 48
+
+
+def _strides(kind: str, b: int, h: int, n: int, d: int) -> tuple[int, int, int, int]:
+    return {
+        "contiguous": (h * n * d, n * d, d, 1),
+        "blhd": (n * h * d, d, h * d, 1),
+        "lbhd": (h * d, d, b * h * d, 1),
+        "packed_qkv": (n * 3 * h * d, d, 3 * h * d, 1),
+        "padded_rows": (h * n * (d + 3), n * (d + 3), d + 3, 1),
+        "unaligned": (h * n * d + 1, n * d, d, 1),
+        "every_second": (h * n * 2 * d, n * 2 * d, 2 * d, 2),
+        "columns": (h * n * d, n * d, 1, n),
+        "expanded_batch": (0, n * d, d, 1),
+        "expanded_heads": (n * d, 0, d, 1),
+        "expanded_rows": (h * d, d, 0, 1),
+    }[kind]
+
+
+KINDS = (
+    "contiguous",
+    "blhd",
+    "lbhd",
+    "packed_qkv",
+    "padded_rows",
+    "unaligned",
+    "every_second",
+    "columns",
+    "expanded_batch",
+    "expanded_heads",
+    "expanded_rows",
+)
+# Equal keys, or equal values, make score gradients that are pure cancellation: good for comparing bits, not accuracy.
+VARIED = tuple(kind for kind in KINDS if kind != "expanded_rows")
+
+
+def place(values: torch.Tensor, kind: str = "contiguous") -> torch.Tensor:
+    """A (B, H, L, D) view of layout `kind` in poisoned storage, holding `values` (its first slice where expanded)."""
+    shape, strides = values.shape, _strides(kind, *values.shape)
+    if values.numel() == 0:
+        return torch.empty_strided(shape, strides, dtype=values.dtype)
+    offset = MARGIN + (1 if kind == "unaligned" else 0)
+    used = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    poison = math.nan if values.is_floating_point() else True
+    storage = torch.full((used + 2 * MARGIN + 1,), poison, dtype=values.dtype)
+    for dim, stride in enumerate(strides):
+        if stride == 0:
+            values = values.narrow(dim, 0, 1)
+    storage.as_strided(values.shape, strides, offset).copy_(values)
+    return storage.as_strided(shape, strides, offset)

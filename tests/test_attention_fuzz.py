@@ -1,0 +1,193 @@
+"""Random shapes, strides, dtypes, masks and biases, forward and backward, on every backend.
+
+Examples differ in every run; a failure prints the case and the blob that repeats it.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pyext
+from support import backends, layouts
+from support.cases import DTYPES, Case, compare, expected, run
+from support.parts import (
+    Shape,
+    alibi,
+    bool_attn_mask,
+    causal,
+    dense,
+    dense_mask,
+    diagonal,
+    documents,
+    either,
+    float_attn_mask,
+    frozen_attn_mask,
+    is_causal,
+    padding,
+    prefix,
+    t5,
+    torch_causal,
+    window,
+)
+
+BROADCASTS = ("bhqk", "b1qk", "1hqk", "11qk", "bh1k", "b11k", "1h1k", "111k", "bhq1", "b111", "1111", "hqk", "qk", "1k")
+OPTIONS = dict(deadline=None, derandomize=False, database=None, print_blob=True)
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+seeds = st.integers(0, 2**31 - 1)
+
+
+def length(longest):
+    """Small lengths, tile borders and anything between."""
+    return st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65]), st.integers(1, longest))
+
+
+@st.composite
+def shapes(draw):
+    hkv, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+    d = draw(st.one_of(st.integers(1, 20), st.sampled_from([24, 31, 32, 40, 64, 72, 80])))
+    dv = draw(st.one_of(st.just(d), st.integers(1, 70)))
+    lq = draw(st.one_of(st.integers(1, 8), length(90)))
+    lk = draw(length(160 if lq > 8 else 600))
+    if draw(st.integers(0, 3)) == 0:
+        lk = lq
+    return Shape(draw(st.integers(0, 3)), hkv * group, hkv, lq, lk, d, dv)
+
+
+def limits():
+    return st.one_of(st.none(), st.integers(0, 40))
+
+
+def masks(shape):
+    return st.one_of(
+        st.just(causal()),
+        st.builds(window, limits(), limits()),
+        st.builds(padding, queries=st.sampled_from([None, "random"])),
+        st.builds(documents, batched=st.booleans(), cross=st.just(True), count=st.integers(1, 6), mixed=st.booleans()),
+        st.just(prefix()),
+        st.builds(either, st.integers(0, shape.lk)),
+        st.builds(dense_mask, st.sampled_from(BROADCASTS), st.sampled_from([0.02, 0.3, 0.9])),
+    )
+
+
+def biases():
+    dtypes = st.sampled_from([None, torch.float32])
+    kinds = st.sampled_from(layouts.VARIED)
+    return st.one_of(
+        st.builds(dense, st.sampled_from(BROADCASTS), kinds, dtypes, holes=st.booleans()),
+        st.builds(diagonal, st.sampled_from("h1"), dtypes),
+        st.builds(alibi, symmetric=st.booleans(), learned=st.booleans(), dtype=dtypes),
+        st.builds(t5, st.booleans(), st.sampled_from([4, 8, 32]), st.sampled_from([20, 64, 128]), dtypes),
+    )
+
+
+def sdpa_masks(shape):
+    """At most one of SDPA's own arguments."""
+    return st.one_of(
+        st.just(()),
+        st.just(()),
+        st.tuples(st.just(is_causal())),
+        st.tuples(st.builds(torch_causal, st.sampled_from(["upper_left", "lower_right"]))),
+        st.tuples(st.builds(bool_attn_mask, st.sampled_from(BROADCASTS), st.sampled_from([0.1, 0.7]))),
+        st.tuples(st.builds(float_attn_mask, st.sampled_from(BROADCASTS), st.sampled_from(layouts.VARIED))),
+        st.tuples(st.builds(frozen_attn_mask, st.just(float("-inf")), st.sampled_from(BROADCASTS))),
+    )
+
+
+@st.composite
+def cases(draw):
+    shape = draw(shapes())
+    parts = [*draw(st.lists(masks(shape), max_size=2)), *draw(st.lists(biases(), max_size=2)), *draw(sdpa_masks(shape))]
+    return Case(
+        shape,
+        tuple(parts),
+        scale=draw(st.sampled_from([None, None, 0.07, 0.5, -0.2])),
+        softcap=draw(st.sampled_from([None, None, 0.5, 4.0])),
+        sinks=draw(st.booleans()),
+        lse=draw(st.booleans()),
+        layout=tuple(draw(st.sampled_from(layouts.VARIED)) for _ in range(3)),
+        grad_layout=draw(st.sampled_from(layouts.VARIED)),
+        dropout=draw(st.sampled_from([0.0, 0.0, 0.0, 0.2, 0.8])),
+    )
+
+
+@settings(max_examples=150, suppress_health_check=QUIET, **OPTIONS)
+@given(which=cases(), dtype=st.sampled_from(DTYPES), seed=seeds, threads=st.sampled_from([1, 2]))
+def test_any_call(which, dtype, seed, threads):
+    drawn, reference, eager = expected(which, dtype, seed)
+    for backend in backends.ALL:
+        with backend.selected():
+            got = run(drawn, backend.impl, threads)
+        compare(drawn, got, reference, eager)
+
+
+@st.composite
+def packed_calls(draw):
+    sequences = draw(st.lists(st.tuples(length(60), length(90)), min_size=1, max_size=6))
+    bias = draw(st.sampled_from(["none", "alibi", "symmetric", "t5", "t5 one way", "both"]))
+    mask = draw(st.sampled_from(["none", "is_causal", "causal", "window", "prefix"]))
+    left, right = draw(limits()), draw(limits())
+    return sequences, bias, mask, left, right
+
+
+@settings(max_examples=60, suppress_health_check=QUIET, **OPTIONS)
+@given(
+    call=packed_calls(),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (3, 3)]),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    softcap=st.sampled_from([None, 1.5]),
+    dropout=st.sampled_from([0.0, 0.3]),
+    seed=seeds,
+)
+def test_any_packed_call(call, heads, dims, softcap, dropout, seed):
+    """fp64 on the kernels against the reference, which runs each sequence by itself."""
+    sequences, bias, mask, left, right = call
+    lengths_q, lengths_k = zip(*sequences)
+    g = torch.Generator().manual_seed(seed)
+
+    def leaf(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64).requires_grad_()
+
+    q, k, v = leaf(sum(lengths_q), heads[0], dims[0]), leaf(sum(lengths_k), heads[1], dims[0]), None
+    v = leaf(sum(lengths_k), heads[1], dims[1])
+    slopes, table, sinks = leaf(heads[0]), leaf(8, heads[0]), leaf(heads[0])
+    biases = {
+        "none": None,
+        "alibi": pyext.bias.alibi(slopes),
+        "symmetric": pyext.bias.alibi(slopes, symmetric=True),
+        "t5": pyext.bias.t5(table, bidirectional=True, max_distance=30),
+        "t5 one way": pyext.bias.t5(table, bidirectional=False, max_distance=30),
+        "both": pyext.bias.alibi(slopes) + pyext.bias.t5(table, bidirectional=True),
+    }
+    visible = {
+        "causal": pyext.masks.causal(),
+        "window": pyext.masks.window(left, right),
+        "prefix": pyext.masks.prefix(torch.tensor(lengths_k) // 2),
+    }
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+    options = dict(
+        bias=biases[bias], mask=visible.get(mask), is_causal=mask == "is_causal", softcap=softcap, sinks=sinks
+    )
+    results = []
+    for backend in backends.ALL:
+        with backend.selected():
+            out, lse = pyext.varlen_attention(
+                *(q, k, v, cu_q, cu_k),
+                enable_gqa=True,
+                return_lse=True,
+                dropout_p=dropout,
+                generator=torch.Generator().manual_seed(seed),
+                impl=backend.impl,
+                **options,
+            )
+            weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+            leaves = [q, k, v, slopes, table, sinks]
+            total = (out * weight).sum() + lse.sum()
+            results.append([out, lse, *torch.autograd.grad(total, leaves, allow_unused=True)])
+    for other in results[1:]:
+        for a, b in zip(other, results[0]):
+            b = torch.zeros_like(a) if b is None and a is not None else b
+            a = torch.zeros_like(b) if a is None and b is not None else a
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)

@@ -1,0 +1,182 @@
+"""The benchmark harness: its arithmetic, its error rule; a wrong result has no speed. No timing is asserted."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.append(ROOT)
+
+from benchmarks import attention_cases, harness, peers, report  # noqa: E402
+from benchmarks.harness import Case, Contender, Measured, Work  # noqa: E402
+
+MEASURED = Measured({"pyext": 0.5, "SDPA": 2.0}, flops=100.0, bytes=40.0, peak=400.0, bandwidth=160.0)
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "met"),
+    [
+        (harness.percent_of_peak(50), 50.0, True),
+        (harness.percent_of_peak(50.1), 50.0, False),
+        (harness.percent_of_bandwidth(40), 50.0, True),
+        (harness.speedup("SDPA", 4.0), 4.0, True),
+        (harness.speedup("flex_attention", 1.0), None, None),
+        (harness.speedup("SDPA"), 4.0, None),
+        (harness.slowdown("SDPA", 3), -75.0, True),
+        (harness.time_ratio("SDPA", 0.2), 0.25, False),
+        (harness.microseconds(15), 5e5, False),
+    ],
+)
+def test_figures(figure, value, met):
+    result = figure.result(MEASURED)
+    assert result["value"] == pytest.approx(value)
+    assert result["met"] is met
+    assert figure.result(None)["value"] is None
+    assert figure.result(None)["met"] is None
+
+
+def test_no_probe_no_share():
+    bare = Measured({"pyext": 0.5}, flops=100.0, bytes=40.0)
+    assert harness.percent_of_peak(50).result(bare)["met"] is None
+    assert harness.percent_of_bandwidth(50).result(bare)["value"] is None
+
+
+def test_compare_follows_the_tolerance_rule():
+    truth = {"out": torch.linspace(-1, 1, 101, dtype=torch.float64)}
+    eager = {"out": truth["out"].float() + 1e-3}
+    entry = harness.compare({"out": truth["out"].float() + 1e-3}, truth, eager)
+    rounding = ((truth["out"].float() + 0.3 - 0.3).double() - truth["out"]).abs().max().item()
+    assert entry["ok"]
+    assert entry["tensors"]["out"]["allowed"] == pytest.approx(2 * 1e-3 + 2 * rounding, rel=1e-3)
+    one_off = truth["out"].clone()
+    one_off[7] += 2.1e-3  # within the mean, beyond the maximum
+    assert not harness.compare({"out": one_off}, truth, eager)["ok"]
+    assert not harness.compare({"out": truth["out"] + 1.8e-3}, truth, eager)["ok"]  # the reverse
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_compare_sees_what_is_not_finite(bad):
+    truth = {"out": torch.zeros(4, dtype=torch.float64), "grad": torch.zeros(4, dtype=torch.float64)}
+    got = {"out": torch.zeros(4), "grad": torch.tensor([0, bad, 0, 0])}
+    entry = harness.compare(got, truth, {name: t.float() for name, t in truth.items()})
+    assert not entry["ok"]
+    assert entry["worst"] == "grad"
+
+
+def test_compare_wants_the_same_infinities():
+    truth = {"lse": torch.tensor([0.0, -math.inf], dtype=torch.float64)}
+    eager = {"lse": truth["lse"].float()}
+    assert harness.compare({"lse": truth["lse"].float()}, truth, eager)["ok"]
+    assert not harness.compare({"lse": torch.tensor([0.0, -1e30])}, truth, eager)["ok"]
+
+
+def small_case(name="small", wrong=0.0):
+    """A case whose pyext entry is off by `wrong`."""
+
+    def setup(seed):
+        work = attention_cases.work_of("forward+backward", attention_cases.plain(), (1, 2, 9, 8), "fp32", seed)
+        got = work.got
+        work.got = lambda: {key: tensor + wrong for key, tensor in got().items()}
+        return work
+
+    figures = harness.speedup("SDPA", 1.0), harness.percent_of_peak(1)
+    return Case(name, "test", "a small case", "fp32", figures, setup, peak="fp32")
+
+
+def test_a_right_result_is_measured():
+    entry = harness.run_case(small_case(), budget=0.01)
+    assert entry["status"] == "ok"
+    assert set(entry["times"]) == {"pyext", "SDPA"}
+    assert all(figure["value"] > 0 for figure in entry["figures"] if figure["name"].startswith("speed-up"))
+    assert set(entry["error"]["tensors"]) == {"out", "grad_query", "grad_key", "grad_value"}
+    json.dumps(entry)
+
+
+def test_a_wrong_result_has_no_speed():
+    entry = harness.run_case(small_case(wrong=1e-2), budget=0.01)
+    assert entry["status"] == "wrong"
+    assert entry["times"] is None
+    assert all(figure["value"] is None and figure["met"] is None for figure in entry["figures"])
+    data = {"schema": report.SCHEMA, "machine": harness.machine_facts(1), "results": [entry]}
+    assert "**wrong: " in report.table(data)
+    assert "Targets met: 0 of 2" in report.page(data)
+
+
+def test_contenders_take_turns():
+    order = []
+    work = Work([Contender(name, lambda name=name: order.append(name)) for name in ("pyext", "a", "b")])
+    rotation = harness.Rotation(small_case(), work)
+    harness.plain_repeat(rotation, 3)
+    assert order == ["a", "b", "pyext"] * 3
+    assert {name: len(times) for name, times in rotation.seconds.items()} == {"pyext": 3, "a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, 5), (0.4, 7), (1e-9, 25)])
+def test_rounds_are_odd_and_bounded(seconds, rounds):
+    assert harness.rounds_for(seconds, budget=3.0) == rounds
+
+
+def test_machine_state_is_put_back():
+    before = torch.get_num_threads()
+    with harness.machine_state(1 if before != 1 else 2, None):
+        assert torch.get_num_threads() != before
+    assert torch.get_num_threads() == before
+
+
+def test_case_names_are_unique_and_drawn():
+    names = [case.name for case in attention_cases.all_cases()]
+    assert len(names) == len(set(names))
+    assert {f"{name}/{dtype}" for name, _ in report.BARS for dtype in ("fp32", "bf16")} <= set(names)
+
+
+@pytest.mark.parametrize("scheme", [attention_cases.t5(3, 37), attention_cases.alibi(3, 37)], ids=["t5", "alibi"])
+def test_schemes_say_the_same_to_everyone(scheme):
+    """pyext's object, SDPA's mask and the eager formula are three spellings of one function."""
+    inputs = scheme.inputs((2, 3, 37, 8), "fp32", 5)
+    outputs = [attention_cases.both_ways(inputs, way) for way in (scheme.eager, scheme.pyext, scheme.sdpa)]
+    for other in outputs[1:]:
+        for name, tensor in outputs[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=2e-4, atol=2e-5)
+
+
+def test_t5_buckets_at_known_distances():
+    buckets = peers.t5_buckets(200, 32, 128)
+    assert buckets[0, [0, 1, 7, 8, 127, 199]].tolist() == [0, 17, 23, 24, 31, 31]
+    assert buckets[[1, 7, 8, 127, 199], 0].tolist() == [1, 7, 8, 15, 15]
+
+
+def test_report_from_both_kinds_of_json(tmp_path, capsys):
+    entry = harness.run_case(small_case("forward/full/1x8x2048x64/fp32"), budget=0.01)
+    machine = harness.machine_facts(1)
+    ours, theirs = tmp_path / "ours.json", tmp_path / "pytest.json"
+    ours.write_text(json.dumps({"schema": 1, "machine": machine, "results": [entry]}))
+    theirs.write_text(json.dumps({"benchmarks": [{"extra_info": {**entry, "machine": machine}}]}))
+    assert report.load(ours)["results"] == report.load(theirs)["results"]
+    pytest.importorskip("matplotlib")
+    assert report.main([str(theirs), "--docs", str(tmp_path)]) == 0
+    assert "a small case" in capsys.readouterr().out
+    assert "a small case" in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert 0 < (tmp_path / "speed.png").stat().st_size < 100_000
+
+
+def test_partial_runs_keep_the_rest():
+    machine = {"cpu": "x"}
+    old = {"schema": 1, "machine": machine, "results": [{"name": "a", "v": 1}, {"name": "b", "v": 1}]}
+    new = {"schema": 1, "machine": machine, "results": [{"name": "c", "v": 2}, {"name": "b", "v": 2}]}
+    values = [(r["name"], r["v"]) for r in report.merged(old, new)["results"]]
+    assert values == [("a", 1), ("b", 2), ("c", 2)]
+    assert report.merged({**old, "machine": {"cpu": "y"}}, new) == new
+    assert report.merged(None, new) == new
+
+
+def test_a_busy_machine_is_noted():
+    rotation = harness.Rotation(small_case(), Work([Contender("pyext", lambda: None)]))
+    rotation.peaks = [100.0, 101.0, 102.0]
+    assert rotation.disturbances() == []
+    rotation.peaks = [60.0, 80.0, 100.0]
+    assert "1.25 of its median" in rotation.disturbances()[0]

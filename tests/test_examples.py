@@ -1,0 +1,96 @@
+"""The training example: three steps of every architecture; both models stay together. No timing is asserted."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+SOURCE = Path(__file__).resolve().parent.parent / "examples" / "train_lm.py"
+SMALL = ["--steps", "3", "--batch", "2", "--length", "48", "--layers", "2", "--width", "32", "--heads", "4"]
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("train_lm", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["t5", "bloom", "gpt2", "bert"])
+def test_three_steps(example, arch, dtype, tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    runs = example.main([*SMALL, "--arch", arch, "--dtype", dtype, "--threads", "1", "--out", str(picture)])
+    assert [run.name for run in runs] == ["pyext", "PyTorch"]
+    assert all(len(run.losses) == 3 for run in runs)
+    largest, mean = example.apart(runs)
+    assert mean <= largest <= (1e-4 if dtype == "fp32" else 5e-2)
+    assert all(4 < run.losses[0] < 8 for run in runs)  # log 258 = 5.55: nothing has been learned yet
+    assert runs[0].losses[-1] < runs[0].losses[0]
+    assert abs(runs[0].validation - runs[1].validation) <= (1e-4 if dtype == "fp32" else 5e-2)
+    assert 0 < picture.stat().st_size < 150_000
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed
+    assert "apart at most" in printed
+
+
+def test_gradients_reach_t5_tables(example):
+    config = example.Config("t5", layers=2, width=32, heads=4, length=40)
+    torch.manual_seed(1)
+    batch = next(example.batches(torch.arange(1000) % 256, config, 2, seed=3))
+    for run in example.make_runs(config, 1e-3, 0, compiled=False):
+        run.model(batch).backward()
+        for stack in (run.model.encoder, run.model.stack):
+            assert stack.table.grad.abs().max() > 0
+
+
+def test_batches_repeat_and_hide(example):
+    text = torch.arange(5000) % 256
+    for arch in ("t5", "bert"):
+        config = example.Config(arch, 1, 8, 1, 64)
+        first, again = (next(example.batches(text, config, 3, seed=7)) for _ in range(2))
+        assert torch.equal(first.inputs, again.inputs)
+        assert torch.equal(first.targets, again.targets)
+    assert first.lengths[0] == 64
+    padding = torch.arange(64) >= first.lengths[:, None]
+    assert (first.inputs[padding] == example.PAD).all()
+    assert (first.targets[padding] == example.IGNORE).all()
+    config = example.Config("t5", 1, 8, 1, 64)
+    batch = next(example.batches(text, config, 3, seed=7))
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    assert torch.equal((batch.before[:, -1] + 1) % 256, batch.targets[:, 0])
+    assert batch.tokens == 2 * 3 * 64
+
+
+def test_corpus_is_python(example):
+    train, held_out = example.corpus()
+    assert len(train) > 10 * len(held_out) > 100_000
+    assert b"import " in bytes(train[:100_000].to(torch.uint8).tolist())
+
+
+@pytest.mark.parametrize("bad", [["--width", "30"], ["--steps", "-1"], ["--arch", "rnn"]])
+def test_bad_arguments(example, bad, capsys):
+    with pytest.raises(SystemExit):
+        example.main([*SMALL, *bad])
+    assert bad[0] in capsys.readouterr().err
+
+
+def test_text_too_short(example):
+    config = example.Config("gpt2", 1, 8, 1, 64)
+    with pytest.raises(ValueError, match="--length"):
+        next(example.batches(torch.zeros(64, dtype=torch.long), config, 1, 0))

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from support import oracle
 from torch._subclasses import FakeTensorMode
 
 import pyext
 from pyext import _dispatch
 from pyext import bias as module
 from pyext.reference.attention import scores
+from support import oracle
 
 LENGTHS = [(1, 1), (7, 7), (5, 9), (9, 5), (1, 300), (300, 1), (130, 257), (0, 4), (4, 0), (0, 0)]
 

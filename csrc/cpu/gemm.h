@@ -47,10 +47,12 @@ constexpr int kRows = 6;
 #endif
 constexpr int kVectors = 2;
 
+// exp of one difference of scores, to full precision: where partial results and sinks are merged, nothing averages it
+// out.
 template <class C>
 INLINE typename C::T exp_one(typename C::T x) {
   typename C::T lane[Vector<typename C::T>::width];
-  vstore(lane, C::exp(vset(x)));
+  vstore(lane, vexp(vset(typename C::T(x / C::units))));
   return lane[0];
 }
 

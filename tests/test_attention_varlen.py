@@ -125,7 +125,7 @@ def magnitudes(feature, lengths, leaves, cotangents, outs, lses):
     shared = {name: leaves[name] for name in ("slopes", "table") if name in leaves}
     upstream = zip(cotangents[0].double().split(lengths[0]), cotangents[1].double().split(lengths[0], 1))
     for (q, k, v), out, lse, (grad_out, grad_lse) in zip(sequences(leaves, lengths), outs, lses, upstream):
-        if q.shape[2] * k.shape[2] == 0:
+        if q.shape[2] == 0:
             continue
         d = oracle.distance(q.shape[2], k.shape[2])
         parts = oracle.magnitudes(
@@ -178,7 +178,6 @@ def test_against_oracle(lengths, feature, dtype, backend, seed):
     magnitude, floor = magnitudes(feature, lengths, wide, cotangents, outs, lses)
     eps = torch.finfo(dtype).eps
     reference = results(wide, cotangents, *pack(outs, lses))
-    magnitude["lse"] = reference["lse"].nan_to_num(neginf=0.0).abs().clamp(min=1.0).flatten()
     same = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     eager = results(same, cotangents, *pack(*dense_sequences(feature, lengths, same)))
     for name, value in got.items():

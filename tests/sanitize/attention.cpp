@@ -337,6 +337,11 @@ void check(const Case& c) {
 }  // namespace
 }  // namespace pyext
 
+// Fresh memory, the kernels' scratch included, holds NaN.
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
+  return "max_malloc_fill_size=268435456:malloc_fill_byte=255";
+}
+
 int main(int argc, char** argv) {
   using namespace pyext;
   __sanitizer_set_death_callback(

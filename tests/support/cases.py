@@ -163,7 +163,7 @@ def run_dense(drawn: Drawn, dtype: torch.dtype, keep: Tensor | None = None) -> d
     q, k, v = leaves["query"], leaves["key"], leaves["value"]
     out, lse = oracle.attention(q, k, v, score=score(), sinks=leaves.get("sinks"), keep=keep, p=case.dropout, **options)
     result = _with_gradients(drawn, leaves, out, lse)
-    if dtype == torch.float64 and out.numel() and case.shape.lk:
+    if dtype == torch.float64 and out.numel():
         options["scale"] = 1.0 / math.sqrt(case.shape.d) if case.scale is None else case.scale
         inner = {n: t for n, t in leaves.items() if n not in ("query", "key", "value", "sinks")}
         upstream = drawn.grad_out.double(), None if drawn.grad_lse is None else drawn.grad_lse.double()

@@ -259,7 +259,8 @@ INLINE D by_lane(D x, const Function& function) {
   return vload(lane);
 }
 
-// e^x to fp32 rounding: x log2(e) is reduced by one fused operation, then 2^r by a minimax polynomial (2e-9), exactly 1 at 0.
+// e^x to fp32 rounding: x log2(e) is reduced by one fused operation, then 2^r by a minimax polynomial (2e-9), exactly 1
+// at 0.
 INLINE F vexp(F x) {
   const F log2e = vset(1.44269504f);
   x = vmax(vset(-200.f), x);  // e^-inf without inf - inf; NaN passes through

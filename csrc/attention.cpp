@@ -120,6 +120,8 @@ struct Arguments {
     if (dense) {
       check_broadcast(*dense, p, "dense");
       p.dense = view<Input>(*dense), p.dense_dtype = dtype_of(*dense);
+      STD_TORCH_CHECK(p.dense_dtype != DType::f64 || p.dtype == DType::f64,
+                      "a float64 dense bias needs float64 queries");
     }
     if (diag) {
       const int64_t length = p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1;

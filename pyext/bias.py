@@ -101,6 +101,8 @@ class Dense(Bias):
             )
         _checks.same_device(self.name, self.values, sizes.device)
         view = _checks.broadcastable(self.name, self.values, sizes.lead, sizes.heads, sizes.queries, sizes.keys)
+        if view.dtype == torch.float64:  # no kernel adds in more than the accumulator's precision
+            view = view.to(sizes.acc)
         return Lowered(dense=view)
 
 

@@ -81,16 +81,18 @@ void check_broadcast(const Tensor& t, const AttentionProblem& p, const char* nam
 // The optional arguments that forward and backward share, kept alive while the kernel reads them.
 struct Arguments {
   Tensor query, key, value;
-  MaybeTensor dense, diag, diag_index, mask, intervals, sinks, cu_seqlens_q, cu_seqlens_k, seed;
+  MaybeTensor dense, diag, diag_index, rel_query, rel_q, rel_k, rel_index, segment, segment_q, segment_k, mask,
+      intervals, block_offsets, block_index, block_bits, sinks, cu_seqlens_q, cu_seqlens_k, seed;
   int64_t left, right;
   double scale, softcap, dropout_p;
 
   AttentionProblem problem() {
     query = readable(query), key = readable(key), value = readable(value), dense = readable(dense),
     mask = readable(mask);
-    diag = contiguous(diag), diag_index = contiguous(diag_index), intervals = contiguous(intervals),
-    sinks = contiguous(sinks);
-    cu_seqlens_q = contiguous(cu_seqlens_q), cu_seqlens_k = contiguous(cu_seqlens_k), seed = contiguous(seed);
+    rel_query = readable(rel_query), rel_q = readable(rel_q), rel_k = readable(rel_k);
+    for (MaybeTensor* t : {&diag, &diag_index, &rel_index, &segment, &segment_q, &segment_k, &intervals, &block_offsets,
+                           &block_index, &block_bits, &sinks, &cu_seqlens_q, &cu_seqlens_k, &seed})
+      *t = contiguous(*t);
     AttentionProblem p;
     p.dtype = dtype_of(query);
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
@@ -107,13 +109,28 @@ struct Arguments {
     p.query = view<Input>(query), p.key = view<Input>(key), p.value = view<Input>(value);
     p.left = left, p.right = right, p.scale = scale, p.softcap = softcap, p.dropout_p = dropout_p;
     add_bias(p);
+    add_relative(p);
+    add_segments(p);
     add_masks(p);
+    add_blocks(p);
+    add_sequences(p);
     if (dropout_p > 0) {
       STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                       "dropout needs an int64 seed");
       p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
     }
     return p;
+  }
+
+  static int64_t strip_length(const AttentionProblem& p) { return p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1; }
+  // One row number per distance.
+  static const int32_t* index_of_distances(const Tensor& t, int64_t length, int64_t rows, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.numel() == length, name,
+                    " must hold q_len + k_len - 1 int32");
+    const auto* index = static_cast<const int32_t*>(t.const_data_ptr());
+    for (int64_t u = 0; u < length; ++u)
+      STD_TORCH_CHECK(index[u] >= 0 && index[u] < rows, name, " must lie in [0, rows)");
+    return index;
   }
 
   void add_bias(AttentionProblem& p) const {
@@ -124,27 +141,62 @@ struct Arguments {
                       "a float64 dense bias needs float64 queries");
     }
     if (diag) {
-      const int64_t length = p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1;
+      const int64_t length = strip_length(p);
       STD_TORCH_CHECK(diag->dim() == 2 && (diag->size(0) == p.heads || diag->size(0) == 1) &&
                           diag->scalar_type() == accumulator(query),
                       "diag must have shape (heads or 1, rows) and the accumulator dtype");
       p.diag = diag->const_data_ptr(), p.diag_heads = diag->size(0), p.diag_rows = diag->size(1);
-      if (diag_index) {
-        STD_TORCH_CHECK(diag_index->scalar_type() == ScalarType::Int && diag_index->numel() == length,
-                        "diag_index must hold q_len + k_len - 1 int32");
-        p.diag_index = static_cast<const int32_t*>(diag_index->const_data_ptr());
-        for (int64_t t = 0; t < length; ++t)
-          STD_TORCH_CHECK(p.diag_index[t] >= 0 && p.diag_index[t] < p.diag_rows,
-                          "diag_index must lie in [0, rows of diag)");
-      } else {
+      if (diag_index)
+        p.diag_index = index_of_distances(*diag_index, length, p.diag_rows, "diag_index");
+      else
         STD_TORCH_CHECK(p.diag_rows == length, "diag must have q_len + k_len - 1 columns");
-      }
     }
     if (sinks) {
       STD_TORCH_CHECK(sinks->numel() == p.heads && sinks->scalar_type() == accumulator(query),
                       "sinks must have shape (heads,) and the accumulator dtype");
       p.sinks = sinks->const_data_ptr();
     }
+  }
+
+  void add_relative(AttentionProblem& p) const {
+    if (!rel_q && !rel_k) return;
+    STD_TORCH_CHECK(rel_index && rel_query.has_value() == rel_q.has_value(),
+                    "relative rows need rel_index, and rel_q needs rel_query");
+    p.rel_rows = (rel_q ? *rel_q : *rel_k).size(2);
+    p.rel_index = index_of_distances(*rel_index, strip_length(p), p.rel_rows, "rel_index");
+    auto rows = [&](const Tensor& t, Input& to, int64_t& batch, int64_t& heads) {
+      STD_TORCH_CHECK(t.dim() == 4 && (t.size(0) == p.batch || t.size(0) == 1) &&
+                          (t.size(1) == p.heads || t.size(1) == 1) && t.size(2) == p.rel_rows &&
+                          t.size(3) == p.head_dim && t.scalar_type() == query.scalar_type(),
+                      "relative rows must have shape (batch or 1, heads or 1, rows, head_dim) and the query's dtype");
+      to = view<Input>(t), batch = t.size(0), heads = t.size(1);
+    };
+    if (rel_k) rows(*rel_k, p.rel_k, p.rel_k_batch, p.rel_k_heads);
+    if (!rel_q) return;
+    rows(*rel_q, p.rel_q, p.rel_q_batch, p.rel_q_heads);
+    STD_TORCH_CHECK(rel_query->dim() == 4 && rel_query->size(0) == p.batch && rel_query->size(1) == p.heads &&
+                        rel_query->size(2) == p.q_len && rel_query->size(3) == p.head_dim &&
+                        rel_query->scalar_type() == query.scalar_type(),
+                    "rel_query must have the query's shape and dtype");
+    p.rel_query = view<Input>(*rel_query);
+  }
+
+  void add_segments(AttentionProblem& p) const {
+    if (!segment) return;
+    STD_TORCH_CHECK(segment->dim() == 4 && segment->size(0) == p.batch && segment->size(1) == p.heads &&
+                        segment->size(2) == p.q_len && segment->size(3) == 2 &&
+                        segment->scalar_type() == accumulator(query) && !cu_seqlens_q,
+                    "segment must have shape (batch, heads, query length, 2) and the accumulator dtype");
+    auto ids = [&](const MaybeTensor& t, int64_t length, int64_t& batch_stride) {
+      STD_TORCH_CHECK(t && t->dim() == 2 && (t->size(0) == p.batch || t->size(0) == 1) && t->size(1) == length &&
+                          t->scalar_type() == ScalarType::Int,
+                      "segment ids must be int32 (batch or 1, length)");
+      batch_stride = t->size(0) == 1 ? 0 : length;
+      return static_cast<const int32_t*>(t->const_data_ptr());
+    };
+    p.segment = segment->const_data_ptr();
+    p.segment_q = ids(segment_q, p.q_len, p.segment_q_batch);
+    p.segment_k = ids(segment_k, p.k_len, p.segment_k_batch);
   }
 
   void add_masks(AttentionProblem& p) const {
@@ -161,6 +213,38 @@ struct Arguments {
       p.intervals = static_cast<const int32_t*>(intervals->const_data_ptr());
       p.intervals_batch = intervals->size(0) == 1 ? 0 : 2 * p.q_len;
     }
+  }
+
+  void add_blocks(AttentionProblem& p) const {
+    if (!block_offsets) return;
+    const int64_t rows = (p.q_len + kBlock - 1) / kBlock, columns = (p.k_len + kBlock - 1) / kBlock;
+    STD_TORCH_CHECK(block_index && block_bits && block_offsets->dim() == 3 &&
+                        (block_offsets->size(0) == p.batch || block_offsets->size(0) == 1) &&
+                        (block_offsets->size(1) == p.heads || block_offsets->size(1) == 1) &&
+                        block_offsets->size(2) == rows + 1 && block_offsets->scalar_type() == ScalarType::Int,
+                    "block_offsets must be int32 (batch or 1, heads or 1, rows of blocks + 1)");
+    STD_TORCH_CHECK(block_index->dim() == 2 && block_index->size(1) == 2 &&
+                        block_index->scalar_type() == ScalarType::Int && block_bits->dim() == 3 &&
+                        block_bits->size(1) == kBlock && block_bits->size(2) == kBlock / 8 &&
+                        block_bits->scalar_type() == ScalarType::Byte && !cu_seqlens_q,
+                    "block_index must be int32 (entries, 2), block_bits uint8 (bitmaps, 128, 16)");
+    p.block_offsets = static_cast<const int32_t*>(block_offsets->const_data_ptr());
+    p.block_index = static_cast<const int32_t*>(block_index->const_data_ptr());
+    p.block_bits = static_cast<const uint8_t*>(block_bits->const_data_ptr());
+    p.block_head = block_offsets->size(1) == 1 ? 0 : rows + 1;
+    p.block_batch = block_offsets->size(0) == 1 ? 0 : block_offsets->size(1) * (rows + 1);
+    for (int64_t t = 0; t < block_offsets->numel(); ++t) {
+      const int32_t at = p.block_offsets[t];
+      STD_TORCH_CHECK(at >= 0 && at <= block_index->size(0) && (t % (rows + 1) == 0 || at >= p.block_offsets[t - 1]),
+                      "block_offsets must not decrease and lie within block_index");
+    }
+    for (int64_t n = 0; n < block_index->size(0); ++n)
+      STD_TORCH_CHECK(p.block_index[2 * n] >= 0 && p.block_index[2 * n] < columns && p.block_index[2 * n + 1] >= -1 &&
+                          p.block_index[2 * n + 1] < block_bits->size(0),
+                      "block_index must hold numbers of blocks of keys and of bitmaps");
+  }
+
+  void add_sequences(AttentionProblem& p) const {
     if (!cu_seqlens_q) return;
     STD_TORCH_CHECK(cu_seqlens_k && !mask && !dense && p.batch == 1,
                     "cu_seqlens need batch 1, both offsets, and no dense bias or mask");
@@ -198,15 +282,18 @@ const KernelTable& kernels() {
   return *table;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const MaybeTensor& dense, const MaybeTensor& diag,
-                                             const MaybeTensor& diag_index, const MaybeTensor& mask,
-                                             const MaybeTensor& intervals, const MaybeTensor& sinks,
-                                             const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k,
-                                             const MaybeTensor& seed, int64_t left, int64_t right, double scale,
-                                             double softcap, double dropout_p) {
-  Arguments a{query,        key,          value, dense, diag,  diag_index, mask,    intervals, sinks,
-              cu_seqlens_q, cu_seqlens_k, seed,  left,  right, scale,      softcap, dropout_p};
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& dense, const MaybeTensor& diag,
+    const MaybeTensor& diag_index, const MaybeTensor& rel_query, const MaybeTensor& rel_q, const MaybeTensor& rel_k,
+    const MaybeTensor& rel_index, const MaybeTensor& segment, const MaybeTensor& segment_q,
+    const MaybeTensor& segment_k, const MaybeTensor& mask, const MaybeTensor& intervals,
+    const MaybeTensor& block_offsets, const MaybeTensor& block_index, const MaybeTensor& block_bits,
+    const MaybeTensor& sinks, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k, const MaybeTensor& seed,
+    int64_t left, int64_t right, double scale, double softcap, double dropout_p) {
+  Arguments a{query,     key,           value,       dense,      diag,      diag_index,   rel_query,
+              rel_q,     rel_k,         rel_index,   segment,    segment_q, segment_k,    mask,
+              intervals, block_offsets, block_index, block_bits, sinks,     cu_seqlens_q, cu_seqlens_k,
+              seed,      left,          right,       scale,      softcap,   dropout_p};
   AttentionProblem p = a.problem();
   Tensor out = empty_rows(a.query, p.batch, p.heads, p.q_len, p.value_dim, false);
   Tensor lse = empty(a.query, {p.batch, p.heads, p.q_len}, ScalarType::Double);
@@ -215,14 +302,20 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& out, const Tensor& lse, const MaybeTensor& dense, const MaybeTensor& diag,
-    const MaybeTensor& diag_index, const MaybeTensor& mask, const MaybeTensor& intervals, const MaybeTensor& sinks,
-    const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k, const MaybeTensor& seed, int64_t left,
-    int64_t right, double scale, double softcap, double dropout_p, bool need_dense, bool need_diag) {
-  Arguments a{query,        key,          value, dense, diag,  diag_index, mask,    intervals, sinks,
-              cu_seqlens_q, cu_seqlens_k, seed,  left,  right, scale,      softcap, dropout_p};
+    const MaybeTensor& diag_index, const MaybeTensor& rel_query, const MaybeTensor& rel_q, const MaybeTensor& rel_k,
+    const MaybeTensor& rel_index, const MaybeTensor& segment, const MaybeTensor& segment_q,
+    const MaybeTensor& segment_k, const MaybeTensor& mask, const MaybeTensor& intervals,
+    const MaybeTensor& block_offsets, const MaybeTensor& block_index, const MaybeTensor& block_bits,
+    const MaybeTensor& sinks, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k, const MaybeTensor& seed,
+    int64_t left, int64_t right, double scale, double softcap, double dropout_p, bool need_dense, bool need_diag,
+    bool need_rel_q, bool need_rel_k, bool need_segment) {
+  Arguments a{query,     key,           value,       dense,      diag,      diag_index,   rel_query,
+              rel_q,     rel_k,         rel_index,   segment,    segment_q, segment_k,    mask,
+              intervals, block_offsets, block_index, block_bits, sinks,     cu_seqlens_q, cu_seqlens_k,
+              seed,      left,          right,       scale,      softcap,   dropout_p};
   AttentionProblem p = a.problem();
   const ScalarType acc = accumulator(a.query);
   Tensor grad = readable(grad_out), saved_out = readable(out), saved_lse = torch::stable::contiguous(lse);
@@ -246,23 +339,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_key = empty_rows(a.query, p.batch, p.kv_heads, p.k_len, p.head_dim, false);
   Tensor grad_value = empty_rows(a.query, p.batch, p.kv_heads, p.k_len, p.value_dim, false);
   p.grad_query = view<Output>(grad_query), p.grad_key = view<Output>(grad_key), p.grad_value = view<Output>(grad_value);
-  need_dense = need_dense && a.dense, need_diag = need_diag && a.diag;
-  Tensor grad_dense =
-      need_dense ? empty(a.query, {a.dense->size(0), a.dense->size(1), a.dense->size(2), a.dense->size(3)}, acc, true)
-                 : empty(a.query, {0}, acc);
-  Tensor grad_diag = need_diag ? empty(a.query, {p.diag_heads, p.diag_rows}, acc, true) : empty(a.query, {0}, acc);
-  Tensor grad_sinks = a.sinks ? empty(a.query, {p.heads}, acc, true) : empty(a.query, {0}, acc);
-  if (need_dense) p.grad_dense = view<Output>(grad_dense);
-  if (need_diag) p.grad_diag = grad_diag.mutable_data_ptr();
+  Tensor grad_rel_query =
+      a.rel_query ? empty_rows(a.query, p.batch, p.heads, p.q_len, p.head_dim, false) : empty(a.query, {0}, acc);
+  if (a.rel_query) p.grad_rel_query = view<Output>(grad_rel_query);
+  // Gradients in the accumulator type, empty where they are not wanted.
+  auto gradient = [&](const MaybeTensor& of, bool needed) {
+    if (!of || !needed) return empty(a.query, {0}, acc);
+    return torch::stable::new_zeros(a.query, of->sizes(), acc);
+  };
+  Tensor grad_dense = gradient(a.dense, need_dense), grad_diag = gradient(a.diag, need_diag),
+         grad_rel_q = gradient(a.rel_q, need_rel_q), grad_rel_k = gradient(a.rel_k, need_rel_k),
+         grad_segment = gradient(a.segment, need_segment), grad_sinks = gradient(a.sinks, true);
+  if (a.dense && need_dense) p.grad_dense = view<Output>(grad_dense);
+  if (a.diag && need_diag) p.grad_diag = grad_diag.mutable_data_ptr();
+  if (a.rel_q && need_rel_q) p.grad_rel_q = grad_rel_q.mutable_data_ptr();
+  if (a.rel_k && need_rel_k) p.grad_rel_k = grad_rel_k.mutable_data_ptr();
+  if (a.segment && need_segment) p.grad_segment = grad_segment.mutable_data_ptr();
   if (a.sinks) p.grad_sinks = grad_sinks.mutable_data_ptr();
   kernels().attention_backward(p, parallel());
-  return {grad_query, grad_key, grad_value, grad_dense, grad_diag, grad_sinks};
+  return {grad_query,     grad_key,   grad_value, grad_dense,   grad_diag,
+          grad_rel_query, grad_rel_q, grad_rel_k, grad_segment, grad_sinks};
 }
 
-#define PYEXT_ATTENTION_PROBLEM                                                                               \
-  "Tensor? dense, Tensor? diag, Tensor? diag_index, Tensor? mask, Tensor? intervals, Tensor? sinks, Tensor? " \
-  "cu_seqlens_q, "                                                                                            \
-  "Tensor? cu_seqlens_k, Tensor? seed, SymInt left, SymInt right, float scale, float softcap, float dropout_p"
+// The fields of pyext._primitives.AttentionProblem after query, key and value, in their order.
+#define PYEXT_ATTENTION_PROBLEM                                                                        \
+  "Tensor? dense, Tensor? diag, Tensor? diag_index, Tensor? rel_query, Tensor? rel_q, Tensor? rel_k, " \
+  "Tensor? rel_index, Tensor? segment, Tensor? segment_q, Tensor? segment_k, Tensor? mask, "           \
+  "Tensor? intervals, Tensor? block_offsets, Tensor? block_index, Tensor? block_bits, Tensor? sinks, " \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, SymInt left, SymInt right, float scale, " \
+  "float softcap, float dropout_p"
 
 }  // namespace
 
@@ -271,7 +376,9 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, " PYEXT_ATTENTION_PROBLEM
-      ", bool need_dense, bool need_diag) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      ", bool need_dense, bool need_diag, bool need_rel_q, bool need_rel_k, bool need_segment) -> (Tensor, Tensor, "
+      "Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {

@@ -11,6 +11,8 @@ from torch import Tensor
 
 #: `left` or `right` of a window without a limit on that side: beyond any distance, and safe to negate and add to.
 UNBOUNDED = 2**62
+#: Queries and keys of a block of the block table.
+BLOCK = 128
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,9 +59,16 @@ class Sizes(NamedTuple):
 class AttentionProblem(NamedTuple):
     """Attention with every structured bias and mask lowered.
 
-    S = softcap(scale * q.k) + dense[b,h,i,j] + diag[h, diag_index[distance + Lk - 1]], distance = j - (i + Lk - Lq);
-    key j is visible to query i iff `mask`, `intervals` and -left <= distance <= right all allow it;
+    S = softcap(scale * q.k) + dense[b,h,i,j] + diag[h, diag_index[u]] + scale * rel_query_i . rel_q[rel_index[u]]
+        + scale * k_j . rel_k[rel_index[u]] + segment[b,h,i, segment_q_i == segment_k_j],
+    where u = distance + Lk - 1 and distance = j - (i + Lk - Lq);
+    key j is visible to query i iff `mask`, `intervals`, `blocks` and -left <= distance <= right all allow it;
     out = dropout(softmax(S)) v, with `sinks` as one more logit per head; lse = log(sum exp(S) + exp(sink)).
+
+    A block is `BLOCK` queries by `BLOCK` keys. Row r of blocks lists the blocks that hold a visible pair, in rising
+    order: entries block_offsets[b, h, r] <= n < block_offsets[b, h, r + 1] of `block_index`, each (block of keys, row
+    of `block_bits`, or -1 where all pairs are visible). Bit c % 8 of byte c // 8 in row a of a bitmap says whether
+    query a of the block sees key c of it.
 
     With `cu_seqlens_q`/`cu_seqlens_k` B is 1, sequence n owns rows cu_seqlens_q[n]:cu_seqlens_q[n+1] and the keys
     likewise, and i, j, Lq, Lk are local to the sequence; the strip then has distance 0 at index total_k - 1.
@@ -71,8 +80,18 @@ class AttentionProblem(NamedTuple):
     dense: Tensor | None = None  # (B|1, Hq|1, Lq|1, Lk), any float dtype
     diag: Tensor | None = None  # (Hq|1, R), acc dtype
     diag_index: Tensor | None = None  # (Lq + Lk - 1,) int32 with values in [0, R); None = identity, R == Lq + Lk - 1
+    rel_query: Tensor | None = None  # (B, Hq, Lq, D), query's dtype; required with rel_q
+    rel_q: Tensor | None = None  # (B|1, Hq|1, R, D), query's dtype: rows that queries are multiplied with
+    rel_k: Tensor | None = None  # (B|1, Hq|1, R, D), query's dtype: rows that keys are multiplied with
+    rel_index: Tensor | None = None  # (Lq + Lk - 1,) int32 with values in [0, R), of rel_q and rel_k alike
+    segment: Tensor | None = None  # (B, Hq, Lq, 2), acc dtype
+    segment_q: Tensor | None = None  # (B|1, Lq) int32
+    segment_k: Tensor | None = None  # (B|1, Lk) int32
     mask: Tensor | None = None  # (B|1, Hq|1, Lq|1, Lk) bool, True = attend
     intervals: Tensor | None = None  # (B|1, Lq, 2) int32: keys lo <= j < hi, clipped to [0, Lk]
+    block_offsets: Tensor | None = None  # (B|1, Hq|1, ceil(Lq / BLOCK) + 1) int32
+    block_index: Tensor | None = None  # (entries, 2) int32
+    block_bits: Tensor | None = None  # (bitmaps, BLOCK, BLOCK / 8) uint8
     sinks: Tensor | None = None  # (Hq,), acc dtype
     cu_seqlens_q: Tensor | None = None  # (N + 1,) int32
     cu_seqlens_k: Tensor | None = None  # (N + 1,) int32

@@ -8,19 +8,20 @@ import pytest
 import torch
 
 import pyext  # noqa: F401  (registers the ops)
+from pyext._primitives import UNBOUNDED, AttentionProblem
 from support import oracle
 from support.cases import case, expected
 from support.parts import Shape
 
-UNBOUNDED = 2**62
+GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
 
 
 def op_arguments(b=2, hq=4, hkv=2, lq=9, lk=13, d=8, dv=8, dtype=torch.float32, requires_grad=False, **given):
     """The arguments of attention_forward after query, key, value, by name, with `given` over the defaults."""
     q, k, v = torch.randn(b, hq, lq, d), torch.randn(b, hkv, lk, d), torch.randn(b, hkv, lk, dv)
     tensors = [x.to(dtype).requires_grad_(requires_grad) for x in (q, k, v)]
-    names = dict.fromkeys(["dense", "diag", "diag_index", "mask", "intervals", "sinks", "cu_seqlens_q", "cu_seqlens_k"])
-    names.update(seed=None, left=UNBOUNDED, right=UNBOUNDED, scale=0.3, softcap=0.0, dropout_p=0.0)
+    names = dict.fromkeys(AttentionProblem._fields[3:])
+    names.update(left=UNBOUNDED, right=UNBOUNDED, scale=0.3, softcap=0.0, dropout_p=0.0)
     assert given.keys() <= names.keys()
     names.update(given)
     return tensors, names
@@ -89,7 +90,7 @@ def test_opcheck_forward(name, cpu):
 def backward_arguments(tensors, named):
     out, lse = torch.ops.pyext.attention_forward(*tensors, *named.values())
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
-    needed = (named["dense"] is not None, named["diag"] is not None)
+    needed = (named[name] is not None for name in ("dense", "diag", "rel_q", "rel_k", "segment"))
     return (grad_out, grad_lse, *tensors, out, lse, *named.values(), *needed)
 
 
@@ -111,7 +112,11 @@ def test_output_layout(name, cpu):
         assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype
         assert gradient.transpose(1, 2).is_contiguous()
     wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    for gradient, key in zip(gradients[3:], ("dense", "diag", "sinks")):
+    assert len(gradients) == len(GRADIENTS)
+    for gradient, key in zip(gradients[3:], GRADIENTS[3:]):
+        if key == "rel_query" and named[key] is not None:
+            assert gradient.shape == named[key].shape and gradient.transpose(1, 2).is_contiguous()
+            continue
         shape = (0,) if named[key] is None else named[key].shape
         assert gradient.shape == shape and gradient.dtype == wide and gradient.is_contiguous()
 

@@ -9,8 +9,13 @@ from torch import Tensor
 from .._primitives import AttentionProblem, acc_dtype
 
 _FIELDS = AttentionProblem._fields
-_TENSORS = _FIELDS.index("seed") + 1  # the optional tensors, dense to seed, follow query, key and value
+TENSORS = _FIELDS.index("seed") + 1  # the tensors come first: query, key, value, then optional ones
 _ARGUMENTS = len(_FIELDS)
+# What `attention_backward` returns, which of it only on demand, and what has the dtype and layout of the outputs (the
+# others come in the accumulation dtype).
+_GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
+_OPTIONAL_GRADIENTS = ("dense", "diag", "rel_q", "rel_k", "segment")
+_LIKE_QUERY = ("query", "key", "value", "rel_query")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _library = torch.library.Library("pyext", "IMPL")  # the registrations live as long as this object
 
@@ -26,17 +31,18 @@ def _forward_fake(query, key, value, *rest):
     return _like_output(query, heads, rows, value.shape[3]), lse
 
 
-def _backward_fake(
-    grad_out, grad_lse, query, key, value, out, lse, dense, diag, diag_index, mask, intervals, sinks, *rest
-):
-    need_dense, need_diag = rest[-2:]
+def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, *rest):
+    problem = AttentionProblem(query, key, value, *rest[: _ARGUMENTS - 3])
+    need = dict(zip(_OPTIONAL_GRADIENTS, rest[_ARGUMENTS - 3 :], strict=True))
 
-    def gradient(tensor, needed):
-        shape = tensor.shape if tensor is not None and needed else (0,)
+    def gradient(name):
+        tensor = getattr(problem, name)
+        shape = (0,) if tensor is None or not need.get(name, True) else tensor.shape
+        if name in _LIKE_QUERY and len(shape) == 4:
+            return _like_output(tensor, *shape[1:])
         return query.new_empty(shape, dtype=acc_dtype(query.dtype))
 
-    inputs = (_like_output(x, x.shape[1], x.shape[2], x.shape[3]) for x in (query, key, value))
-    return *inputs, gradient(dense, need_dense), gradient(diag, need_diag), gradient(sinks, True)
+    return tuple(map(gradient, _GRADIENTS))
 
 
 class _Attention(torch.autograd.Function):
@@ -47,8 +53,8 @@ class _Attention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = torch.ops.pyext.attention_forward.default.redispatch(keys & _BELOW_AUTOGRAD, *inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:_TENSORS], *output)
-        ctx.numbers = inputs[_TENSORS:]
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
+        ctx.numbers = inputs[TENSORS:]
         return output
 
     @staticmethod
@@ -57,24 +63,24 @@ class _Attention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return none
         *inputs, out, lse = ctx.saved_tensors
-        query, key, value, dense, *_ = inputs
+        query, key, value, *optional = inputs
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         need = dict(zip(_FIELDS, ctx.needs_input_grad[1:], strict=True))
         grads = torch.ops.pyext.attention_backward.default(
-            grad_out, grad_lse, query, key, value, out, lse, *inputs[3:], *ctx.numbers, need["dense"], need["diag"]
-        )
-        named = dict(zip(("query", "key", "value", "dense", "diag", "sinks"), grads, strict=True))
-        if need["dense"]:
-            named["dense"] = named["dense"].to(dense.dtype)
-        return None, *(named[name] if need[name] and name in named else None for name in _FIELDS)
+            grad_out, grad_lse, query, key, value, out, lse, *optional, *ctx.numbers,
+            *(need[name] for name in _OPTIONAL_GRADIENTS),
+        )  # fmt: skip
+        named = dict(zip(_GRADIENTS, grads, strict=True))
+        dtypes = {name: tensor.dtype for name, tensor in zip(_FIELDS, inputs, strict=False) if tensor is not None}
+        return None, *(named[name].to(dtypes[name]) if need[name] and name in named else None for name in _FIELDS)
 
 
 def _attention(keys, *inputs):
     """Autograd kernel of `attention_forward`.
 
     Registered directly: `torch.library.register_autograd` fills in default arguments in time quadratic in their number,
-    70 us for these 17 (torch 2.13, Zen 5).
+    70 us for 17 of them (torch 2.13, Zen 5).
     """
     return _Attention.apply(keys, *inputs)
 

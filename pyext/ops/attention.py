@@ -157,15 +157,7 @@ def _is_recorded(problem: AttentionProblem) -> bool:
     """Whether autograd records this call."""
     if not torch.is_grad_enabled():
         return False
-    q, k, v, dense, diag, sinks = problem.query, problem.key, problem.value, problem.dense, problem.diag, problem.sinks
-    return (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (dense is not None and dense.requires_grad)
-        or (diag is not None and diag.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    )
+    return any(tensor is not None and tensor.requires_grad for tensor in problem[: _autograd.TENSORS])
 
 
 def _prepare(
@@ -182,7 +174,7 @@ def _prepare(
             )
         right = query.shape[2] - key.shape[2]
     if attn_mask is None and bias is None and mask is None and sinks is None:
-        lowered = (None, None, None, None, None, None, UNBOUNDED, right)
+        lowered = {"right": right}
     else:
         device, acc = query.device, acc_dtype(query.dtype)
         sizes = Sizes(lead, query.shape[1], query.shape[2], key.shape[2], device, acc)
@@ -227,10 +219,9 @@ def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) 
         raise ValueError(f"softcap must be positive (or None), got {softcap}")
     if dropout_p != 0.0:
         dropout_p = _checks.probability("dropout_p", dropout_p)
-    dense, diag, diag_index, mask, intervals, sinks, left, right = lowered
     return AttentionProblem(
-        query, key, value, dense, diag, diag_index, mask, intervals, sinks, cu_q, cu_k, None, left, right, scale,
-        float(softcap), float(dropout_p),
+        query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale, softcap=float(softcap),
+        dropout_p=float(dropout_p), **lowered,
     )  # fmt: skip
 
 
@@ -296,8 +287,8 @@ def _instance(name: str, value, kind: type):
     return value
 
 
-def _lower(bias, mask, sinks, right, sizes: Sizes) -> tuple:
-    """(dense, diag, diag_index, mask, intervals, sinks, left, right) of the flat problem."""
+def _lower(bias, mask, sinks, right, sizes: Sizes) -> dict:
+    """The fields of the flat problem that come from biases, masks and sinks."""
     biases = _bias.Lowered() if bias is None else _instance("bias", bias, _bias.Bias).lower(sizes)
     visible = _masks.Lowered() if mask is None else _instance("mask", mask, _masks.Mask).lower(sizes)
     if sinks is not None:
@@ -306,8 +297,7 @@ def _lower(bias, mask, sinks, right, sizes: Sizes) -> tuple:
             raise _checks.shape_error("sinks", f"({sizes.heads},)", "to match query", sinks)
         _checks.same_device("sinks", sinks, sizes.device)
         sinks = sinks.to(sizes.acc)
-    right = min(right, visible.right)
-    return (*biases, visible.mask, visible.intervals, sinks, visible.left, right)
+    return {**biases._asdict(), **visible._asdict(), "sinks": sinks, "right": min(right, visible.right)}
 
 
 def _unsupported(rotary) -> str | None:

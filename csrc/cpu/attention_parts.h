@@ -108,6 +108,11 @@ struct BlockRanges {
 
 // ---- the strip: the diagonal bias of one head, expanded over distances ----
 
+// Where a distance stands in a strip, and in the index of the relative rows.
+INLINE int64_t strip_position(const AttentionProblem& p, const Span& s, int64_t i, int64_t j) {
+  return j - i - (s.k_len - s.q_len) + p.k_len - 1;
+}
+
 template <class C>
 struct Strips {
   using T = typename C::T;
@@ -137,10 +142,7 @@ struct Strips {
   // Address of the value for (i, j) = (0, 0); the value for (i, j) stands at + j - i.
   const T* origin(const AttentionProblem& p, const Span& s, int64_t head) const {
     if (!values) return nullptr;
-    return values + (p.diag_heads == 1 ? 0 : head) * stride + pad + position(p, s, 0, 0);
-  }
-  static int64_t position(const AttentionProblem& p, const Span& s, int64_t i, int64_t j) {
-    return j - i - (s.k_len - s.q_len) + p.k_len - 1;
+    return values + (p.diag_heads == 1 ? 0 : head) * stride + pad + strip_position(p, s, 0, 0);
   }
   // Do all positions in [first, last] share one table row?
   INLINE bool constant(int64_t first, int64_t last) const {
@@ -150,7 +152,7 @@ struct Strips {
   }
 };
 
-// ---- the score terms that a GEMM's epilogue does not compute itself: dense bias, byte mask, softcap ----
+// ---- the score terms that a GEMM's epilogue does not compute itself: dense bias, segments, byte mask, softcap ----
 
 template <class C>
 struct ScoreTerms {
@@ -161,11 +163,13 @@ struct ScoreTerms {
   int64_t dense_row_bytes = 0;
   const uint8_t* mask = nullptr;
   int64_t mask_row = 0;
+  const T* segment = nullptr;  // two values per row of this (batch, head): keys of another segment, of the same one
+  const int32_t *segment_q = nullptr, *segment_k = nullptr;
   const T* strip = nullptr;  // see Strips::origin
   T cap = 0;                 // softcap in score units; 0 = off
   int64_t k_len = 0;
 
-  bool tabulated() const { return dense || mask; }  // needs a table of addends
+  bool tabulated() const { return dense || mask || segment; }  // needs a table of addends
 
   // to[c] = what is added to the score of key j0 + c, c < n (n a multiple of the width); -inf hides a key.
   void addend_row(int64_t i, int64_t j0, int64_t n, Range visible, T* to) const {
@@ -193,6 +197,8 @@ struct ScoreTerms {
         x = in_units(left >= W ? vload_as(dtype, at, T(0)) : vload_some<T>(dtype, at, left));
       }
       if (strip) x = vadd(x, vload(strip + j - i));
+      if (segment && left > 0)
+        x = vadd(x, in_units(select(same_segment(i, j), vset(segment[2 * i + 1]), vset(segment[2 * i]))));
       if (bytes && left > 0) {
         uint8_t some[W] = {};
         if (left < W) memcpy(some, bytes + c, size_t(left));
@@ -202,6 +208,13 @@ struct ScoreTerms {
       vstore(to + c, x);
     }
   }
+  // Which of the keys from j on are in the segment of query i.
+  INLINE Lanes same_segment(int64_t i, int64_t j) const {
+    int32_t some[W] = {};
+    const int32_t* ids = segment_k + j;
+    if (k_len - j < W) memcpy(some, ids, size_t(max_of<int64_t>(k_len - j, 0)) * sizeof(int32_t)), ids = some;
+    return equal(ids, segment_q[i], T(0));
+  }
   // A finite "minus infinity" (finfo.min, as many trainers use) stays finite in other units, too.
   static INLINE Vec<T> in_units(Vec<T> bias) {
     if (C::units == 1) return bias;
@@ -210,9 +223,10 @@ struct ScoreTerms {
     return select(less(vset(T(-kInfinity)), bias), scaled, bias);
   }
 
-  // s[c] = capped(s[c]) + addend(c): scaled products -> finished scores. With a softcap the products are in units of
-  // the cap, and slope[c], if wanted, receives the derivative of tanh. Returns the maximum in each lane.
-  Vec<T> finish_row(int64_t i, int64_t j0, int64_t n, Range visible, T* s, T* slope, T* addends) const {
+  // s[c] = capped(s[c]) + relative[c] + addend(c): scaled products -> finished scores. With a softcap the products are
+  // in units of the cap, and slope[c], if wanted, receives the derivative of tanh. Returns the maximum in each lane.
+  Vec<T> finish_row(int64_t i, int64_t j0, int64_t n, Range visible, T* s, T* slope, T* addends,
+                    const T* relative = nullptr) const {
     addend_row(i, j0, n, visible, addends);
     Vec<T> top = vset(T(-kInfinity));
     for (int64_t c = 0; c < n; c += W) {
@@ -222,6 +236,7 @@ struct ScoreTerms {
         if (slope) vstore(slope + c, vsub(vset(T(1)), vmul(y, y)));
         x = vmul(y, vset(cap));
       }
+      if (relative) x = vadd(x, vload(relative + c));
       x = vadd(x, vload(addends + c));
       top = vmax(x, top);
       vstore(s + c, x);
@@ -238,6 +253,11 @@ ScoreTerms<C> score_terms(const AttentionProblem& p, const Span& s, int64_t head
   if (p.dense.data) {
     terms.dense = row_address(p.dense, p.dense_dtype, s.batch, head, 0);
     terms.dense_row_bytes = p.dense.row * element_size(p.dense_dtype);
+  }
+  if (p.segment) {
+    terms.segment = (const typename C::T*)p.segment + (s.batch * p.heads + head) * p.q_len * 2;
+    terms.segment_q = p.segment_q + s.batch * p.segment_q_batch,
+    terms.segment_k = p.segment_k + s.batch * p.segment_k_batch;
   }
   terms.mask = mask.data, terms.mask_row = mask.row;
   terms.strip = strip;

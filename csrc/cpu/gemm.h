@@ -71,14 +71,17 @@ struct Tile {
   INLINE void zero() {
     UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < vectors; ++j) v[i][j] = vset(T(0));
   }
-  // v += A B over k steps; A(i, k) = a[i * row_step + k * k_step], B(k, :) = b[k * kPanel].
-  template <int64_t row_step, int64_t k_step>
-  INLINE void multiply(int64_t k, const T* a, const T* b) {
+  // v += A B over k steps; A(i, k) = a[i * row_step + k * k_step], B(k, :) = b[k * kPanel]. A pair of bf16 may start at
+  // any of them: then Element is uint16_t.
+  template <int64_t row_step, int64_t k_step, class Element>
+  INLINE void multiply(int64_t k, const Element* a, const T* b) {
     for (; k > 0; --k, a += k_step, b += kPanel<T>) {
       Vec<T> column[vectors];
       UNROLL for (int j = 0; j < vectors; ++j) column[j] = vload(b + j * kWidth<T>);
       UNROLL for (int i = 0; i < kRows; ++i) {
-        Vec<T> x = vset(a[i * row_step]);
+        T both;
+        memcpy(&both, a + i * row_step, sizeof(T));
+        Vec<T> x = vset(both);
         UNROLL for (int j = 0; j < vectors; ++j) v[i][j] = C::mac(x, column[j], v[i][j]);
       }
     }
@@ -87,8 +90,8 @@ struct Tile {
 
 // c[rows x count columns] = A B + factor * c, count <= kPanel: the last panel of an odd width runs with one vector if
 // that is enough. The product starts from zero: sums of sums lose fewer bits than one long sum.
-template <class C, int vectors, int64_t row_step, int64_t k_step>
-INLINE void accumulate_vectors(int64_t k, const typename C::T* a, const typename C::T* b, typename C::T* c,
+template <class C, int vectors, int64_t row_step, int64_t k_step, class Element>
+INLINE void accumulate_vectors(int64_t k, const Element* a, const typename C::T* b, typename C::T* c,
                                const typename C::T* factor) {
   using T = typename C::T;
   Tile<C, vectors> tile;
@@ -99,8 +102,8 @@ INLINE void accumulate_vectors(int64_t k, const typename C::T* a, const typename
     vstore(at, factor ? vfma(vload(at), vset(factor[i]), tile.v[i][j]) : vadd(vload(at), tile.v[i][j]));
   }
 }
-template <class C, int64_t row_step, int64_t k_step>
-INLINE void accumulate(int64_t k, const typename C::T* a, const typename C::T* b, typename C::T* c, int64_t count,
+template <class C, int64_t row_step, int64_t k_step, class Element>
+INLINE void accumulate(int64_t k, const Element* a, const typename C::T* b, typename C::T* c, int64_t count,
                        const typename C::T* factor = nullptr) {
   if (count > kWidth<typename C::T>)
     accumulate_vectors<C, kVectors, row_step, k_step>(k, a, b, c, factor);
@@ -109,6 +112,20 @@ INLINE void accumulate(int64_t k, const typename C::T* a, const typename C::T* b
 }
 
 // ---- packing ----
+
+// The source rows of a pack: row r of the pack is source row r + begin, or index[r + begin], or none (zeros) outside of
+// [0, count).
+struct Rows {
+  const char* base;
+  int64_t row_bytes, count;
+  const int32_t* index = nullptr;
+  int64_t begin = 0;
+  // Null for a row that does not exist.
+  INLINE const char* operator[](int64_t r) const {
+    r += begin;
+    return r < 0 || r >= count ? nullptr : base + (index ? index[r] : r) * row_bytes;
+  }
+};
 
 template <class T>
 INLINE void load_row(DType dtype, const char* src, int64_t n, int64_t padded, T* dst) {
@@ -160,24 +177,26 @@ INLINE __m256 load8(DType dtype, const char* row, int64_t k, int64_t features) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// dst[k * width + r] = src(r, k) for r < width; rows >= count are zero. k runs to ceil(features / pair).
+// dst[k * width + r] = src(r, k) for r < width; k runs to ceil(features / pair).
 // May write up to 8 elements past the end of the panel.
 template <class C>
-void pack_columns(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t features, int64_t width,
-                  typename C::T* dst) {
+void pack_columns(DType dtype, const Rows& rows, int64_t features, int64_t width, typename C::T* dst) {
   int64_t depth = ceil_div(features, C::pair);
   if constexpr (sizeof(typename C::T) == 8) {
-    for (int64_t r = 0; r < width; ++r)
-      for (int64_t k = 0; k < depth; ++k)
-        dst[k * width + r] = r < count ? ((const double*)(src + r * row_bytes))[k] : 0.;
+    for (int64_t r = 0; r < width; ++r) {
+      const auto* row = (const double*)rows[r];
+      for (int64_t k = 0; k < depth; ++k) dst[k * width + r] = row ? row[k] : 0.;
+    }
   } else {
     // Ascending r and k: where width is no multiple of 8 the surplus lanes are overwritten by what comes next.
     for (int64_t k = 0; k < depth; k += 8) {
       int64_t steps = min_of<int64_t>(8, depth - k);
       __m256 block[8];
       for (int64_t r = 0; r < width; r += 8) {
-        UNROLL for (int i = 0; i < 8; ++i) block[i] =
-            r + i < count ? load8<C>(dtype, src + (r + i) * row_bytes, k, features) : _mm256_setzero_ps();
+        UNROLL for (int i = 0; i < 8; ++i) {
+          const char* row = rows[r + i];
+          block[i] = row ? load8<C>(dtype, row, k, features) : _mm256_setzero_ps();
+        }
         transpose8(block);
         for (int64_t s = 0; s < steps; ++s) _mm256_storeu_ps(dst + (k + s) * width + r, block[s]);
       }
@@ -204,38 +223,38 @@ INLINE void store_row_pairs(float* p, F low, F high) {
 }
 #endif
 
-// dst[panel][k][kPanel] from rows [0, count) of src, k running to ceil(padded / pair) with zero rows past count; panels
-// are `panel_stride` elements apart.
+// dst[panel][k][kPanel] from rows [0, padded), k running to ceil(padded / pair); panels are `panel_stride` elements
+// apart.
 template <class C>
-void pack_rows(DType dtype, const char* src, int64_t row_bytes, int64_t count, int64_t padded, int64_t features,
-               int64_t panel_stride, typename C::T* dst) {
+void pack_rows(DType dtype, const Rows& rows, int64_t padded, int64_t features, int64_t panel_stride,
+               typename C::T* dst) {
   using T = typename C::T;
   constexpr int w = kWidth<T>, panel = kPanel<T>;
   int64_t depth = ceil_div(padded, C::pair), size = element_size(dtype);
   for (int64_t k = 0; k < depth; ++k) {
+    const char *row = rows[k * C::pair], *next = C::pair == 2 ? rows[k * C::pair + 1] : nullptr;
     for (int64_t f = 0; f < features; f += w) {
       T* to = dst + f / panel * panel_stride + k * panel + f % panel;
       int64_t n = min_of<int64_t>(w, features - f);
-      const char* row = src + k * C::pair * row_bytes + f * size;
 #if defined(__AVX512BF16__)
       if constexpr (C::pair == 2) {
         alignas(64) uint16_t first[w] = {}, second[w] = {};
         const uint16_t *p = first, *q = second;
         if (n == w) {
-          p = 2 * k < count ? (const uint16_t*)row : first;
-          q = 2 * k + 1 < count ? (const uint16_t*)(row + row_bytes) : second;
+          p = row ? (const uint16_t*)row + f : first;
+          q = next ? (const uint16_t*)next + f : second;
         } else {
-          if (2 * k < count) memcpy(first, row, size_t(n) * 2);
-          if (2 * k + 1 < count) memcpy(second, row + row_bytes, size_t(n) * 2);
+          if (row) memcpy(first, row + f * size, size_t(n) * 2);
+          if (next) memcpy(second, next + f * size, size_t(n) * 2);
         }
         vstore(to, interleave(p, q));
         continue;
       }
 #endif
-      if (k >= count)
+      if (!row)
         vstore(to, vset(T(0)));
       else
-        vstore(to, n == w ? vload_as(dtype, row, T(0)) : vload_some<T>(dtype, row, n));
+        vstore(to, n == w ? vload_as(dtype, row + f * size, T(0)) : vload_some<T>(dtype, row + f * size, n));
     }
   }
 }

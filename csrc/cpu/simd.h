@@ -87,6 +87,27 @@ INLINE Lanes nonzero_bytes(const uint8_t* p, float) {
 INLINE Lanes nonzero_bytes(const uint8_t* p, double) {
   return _mm_test_epi8_mask(_mm_loadl_epi64((const __m128i*)p), _mm_set1_epi8(-1));
 }
+// Lanes whose number has this bit (a power of two) set.
+template <class T>
+INLINE Lanes lanes_with_bit(int bit) {
+  return bit == 8 ? 0xFF00 : bit == 4 ? 0xF0F0 : bit == 2 ? 0xCCCC : 0xAAAA;
+}
+// Lanes where p equals x.
+INLINE Lanes equal(const int32_t* p, int32_t x, float) {
+  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(x));
+}
+INLINE Lanes equal(const int32_t* p, int32_t x, double) {
+  return _mm512_cmpeq_epi32_mask(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)), _mm512_set1_epi32(x));
+}
+// Lane l is p[at[l]]; the numbers at[0], at[1], ... rise by at most one.
+INLINE F load_near(const float* p, const int32_t* at) {
+  __m512i lane = _mm512_sub_epi32(_mm512_loadu_si512(at), _mm512_set1_epi32(at[0]));
+  return _mm512_permutexvar_ps(lane, vload(p + at[0]));
+}
+INLINE D load_near(const double* p, const int32_t* at) {
+  __m256i lane = _mm256_sub_epi32(_mm256_loadu_si256((const __m256i*)at), _mm256_set1_epi32(at[0]));
+  return _mm512_permutexvar_pd(_mm512_cvtepi32_epi64(lane), vload(p + at[0]));
+}
 INLINE Lanes less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INLINE Lanes less(D a, D b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
 
@@ -210,6 +231,28 @@ INLINE Lanes nonzero_bytes(const uint8_t* p, double) {
   int32_t four;
   memcpy(&four, p, 4);
   return _mm256_cmpgt_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), _mm256_setzero_si256());
+}
+template <class T>
+INLINE Lanes lanes_with_bit(int bit) {
+  __m256i lane = sizeof(T) == 4 ? _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7) : _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  return _mm256_cmpgt_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(bit)), _mm256_setzero_si256());
+}
+INLINE Lanes equal(const int32_t* p, int32_t x, float) {
+  return _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(x));
+}
+INLINE Lanes equal(const int32_t* p, int32_t x, double) {
+  return _mm256_cvtepi32_epi64(_mm_cmpeq_epi32(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi32(x)));
+}
+INLINE F load_near(const float* p, const int32_t* at) {
+  __m256i lane = _mm256_sub_epi32(_mm256_loadu_si256((const __m256i*)at), _mm256_set1_epi32(at[0]));
+  return _mm256_permutevar8x32_ps(vload(p + at[0]), lane);
+}
+INLINE D load_near(const double* p, const int32_t* at) {
+  // A double is two floats: lanes 2n and 2n + 1.
+  __m256i lane = _mm256_cvtepi32_epi64(_mm_sub_epi32(_mm_loadu_si128((const __m128i*)at), _mm_set1_epi32(at[0])));
+  lane = _mm256_slli_epi64(lane, 1);
+  lane = _mm256_or_si256(lane, _mm256_slli_epi64(_mm256_add_epi64(lane, _mm256_set1_epi64x(1)), 32));
+  return _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(vload(p + at[0])), lane));
 }
 INLINE Lanes less(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 INLINE Lanes less(D a, D b) { return _mm256_castpd_si256(_mm256_cmp_pd(a, b, _CMP_LT_OQ)); }

@@ -113,16 +113,16 @@ INLINE void accumulate(int64_t k, const Element* a, const typename C::T* b, type
 
 // ---- packing ----
 
-// The source rows of a pack: row r of the pack is source row r + begin, or index[r + begin], or none (zeros) outside of
-// [0, count).
+// The source rows of a pack: row r of the pack is source row n = begin + r * step, or index[n], or none (zeros) where n
+// is outside of [0, count).
 struct Rows {
   const char* base;
   int64_t row_bytes, count;
   const int32_t* index = nullptr;
-  int64_t begin = 0;
+  int64_t begin = 0, step = 1;
   // Null for a row that does not exist.
   INLINE const char* operator[](int64_t r) const {
-    r += begin;
+    r = begin + r * step;
     return r < 0 || r >= count ? nullptr : base + (index ? index[r] : r) * row_bytes;
   }
 };

@@ -1,0 +1,177 @@
+// Gradients of the relative rows. Seen from the distance e = j - i, the skew is only a stride: the rows of dS, each
+// shifted by one, are an operand with strides (LD + 1, 1), its diagonals one with strides (1, LD + 1), and so on. So
+// the four products below are plain GEMMs on dS between margins of zeros:
+//   d rel_query(i) += sum over e of dS(i, i + e) rel_q(e)      d rel_q(e) += sum over i of dS(i, i + e) rel_query(i)
+//   d key(j)       += sum over e of dS(j - e, j) rel_k(e)      d rel_k(e) += sum over j of dS(j - e, j) key(j)
+// A bf16 operand comes in pairs of consecutive k, and which entries of dS are consecutive differs from product to
+// product: neighbours in a row, in a column, or on a diagonal.
+#pragma once
+#include <type_traits>
+
+#include "attention_relative.h"
+
+namespace pyext {
+namespace {
+
+template <class C, int MB, int NB, int LD, int box>
+struct RelativeGradients {
+  using T = typename C::T;
+  static constexpr int W = kWidth<T>, NR = kPanel<T>, pair = C::pair;
+  using Element = std::conditional_t<pair == 2, uint16_t, T>;
+  static constexpr int margin = LD - NB;        // zero columns between the rows of dS
+  static constexpr int row_margin = kRows + 2;  // zero rows above and below
+  static constexpr int64_t distance_margin = 2 * kRows;
+  static_assert(margin >= kRows + pair, "a group of rows, each shifted by one, stays within the margin");
+
+  const AttentionProblem* p = nullptr;
+  int64_t panels = 0, rows = 0;  // panels of features; distances, with their margins, that the buffers hold
+  Element* ds = nullptr;         // dS, row stride LD, in the type that products along a row read
+  T *vertical = nullptr, *diagonal = nullptr;  // dS for products along a column or a diagonal: at (i, j) the pair
+                                               // (i, j), (i + 1, j) or (i, j), (i + 1, j + 1)
+  T *rows_q = nullptr, *rows_k = nullptr;      // the rows of each distance: rising for rel_q, falling for rel_k
+  T *sums_q = nullptr, *sums_k = nullptr;      // gradients of each distance, rising
+
+  // The distances of a task: sequence, first key, how many there are, and how many the tiles touch.
+  Span span{};
+  int64_t first_key = 0, distances = 0, touched = 0;
+
+  static constexpr int64_t matrix = (MB + 2 * row_margin) * LD + 2 * margin, origin = row_margin * LD + margin;
+
+  void lay_out(const AttentionProblem& problem, Arena& arena, int64_t feature_panels, int64_t q_len, int64_t keys) {
+    *this = {};
+    p = &problem, panels = feature_panels;
+    if (!p->rel_index) return;
+    rows = round_up(q_len + keys + 2 * distance_margin, 2);
+    ds = arena.take<Element>(matrix) + origin;
+    vertical = diagonal = (T*)ds;
+    if (pair == 2) {
+      diagonal = arena.take<T>(matrix) + origin;
+      vertical = p->rel_k.data ? arena.take<T>(matrix) + origin : nullptr;
+    }
+    if (p->rel_q.data) rows_q = arena.take<T>(panels * rows / pair * NR);
+    if (p->rel_k.data) rows_k = arena.take<T>(panels * rows / pair * NR);
+    if (p->grad_rel_q) sums_q = arena.take<T>(panels * rows * NR);
+    if (p->grad_rel_k) sums_k = arena.take<T>(panels * rows * NR);
+  }
+
+  // A new task: keys [first, last) of a sequence.
+  void begin(const Span& s, int64_t first, int64_t last) {
+    const int64_t keys = max_of<int64_t>(min_of(last, s.k_len) - first, 0);
+    span = s, first_key = first;
+    distances = max_of<int64_t>(keys + s.q_len - 1, 0), touched = round_up(keys, box) + s.q_len + 2 * distance_margin;
+    memset(ds - origin, 0, size_t(matrix) * sizeof(Element));
+    if (vertical && (void*)vertical != (void*)ds) memset(vertical - origin, 0, size_t(matrix) * sizeof(T));
+    if ((void*)diagonal != (void*)ds) memset(diagonal - origin, 0, size_t(matrix) * sizeof(T));
+  }
+  // Where the distance of query i and key j stands in the buffers.
+  INLINE int64_t place(int64_t i, int64_t j) const { return j - i + span.q_len - 1 - first_key + distance_margin; }
+  // The position in rel_index of what stands at place 0.
+  INLINE int64_t first_position() const { return first_key - distance_margin + p->k_len - span.k_len; }
+
+  void pack(int64_t head) const {
+    const int64_t length = p->q_len + p->k_len - 1, panel = rows / pair * NR;
+    auto rows_of = [&](const Input& t) { return relative_rows(*p, t, span.batch, head, p->rel_index, length); };
+    if (rows_q) {
+      Rows from = rows_of(p->rel_q);
+      from.begin = first_position();
+      pack_rows<C>(p->dtype, from, min_of(round_up(touched, 2), rows), p->head_dim, panel, rows_q);
+    }
+    if (rows_k) {
+      Rows from = rows_of(p->rel_k);
+      from.begin = first_position() + rows - 1, from.step = -1;
+      pack_rows<C>(p->dtype, from, rows, p->head_dim, panel, rows_k);
+    }
+  }
+  void clear(T* sums) const {
+    if (sums) memset(sums, 0, size_t(panels * rows * NR) * sizeof(T));
+  }
+
+  // Makes the margins around the columns of a block zero and derives the other forms of dS. `wide` is dS in the
+  // accumulator type where `ds` has not been written by the tiles.
+  void prepare(Range columns, int64_t used_rows, const T* wide) const {
+    if (wide)
+      for (int64_t i = 0; i < used_rows; ++i)
+        for (int64_t c = columns.lo; c < columns.hi; c += NR) copy_row(wide + i * LD + c, ds + i * LD + c);
+    for (int64_t i = 0; i < used_rows; ++i) {
+      memset(ds + i * LD + columns.lo - margin, 0, margin * sizeof(Element));
+      memset(ds + i * LD + columns.hi, 0, margin * sizeof(Element));
+    }
+    if (used_rows < MB) memset(ds + used_rows * LD - margin, 0, size_t(row_margin) * LD * sizeof(Element));
+#if defined(__AVX512BF16__)
+    if constexpr (pair == 2) {
+      const int64_t from = vertical ? 1 - row_margin : 0, to = used_rows + (vertical ? row_margin - 1 : 0);
+      for (int64_t i = from; i < to; i += vertical ? 1 : 2)
+        for (int64_t c = columns.lo - margin; c < columns.hi + margin; c += W) {
+          const Element* at = ds + i * LD + c;
+          vstore(diagonal + i * LD + c, interleave(at, at + LD + 1));
+          if (vertical) vstore(vertical + i * LD + c, interleave(at, at + LD));
+        }
+    }
+#endif
+  }
+  static INLINE void copy_row(const T* from, Element* to) {
+#if defined(__AVX512BF16__)
+    if constexpr (pair == 2) return store_row_pairs((float*)to, vload(from), vload(from + W));
+#endif
+    if constexpr (pair == 1) vstore(to, vload(from)), vstore(to + W, vload(from + W));
+  }
+
+  // d rel_query of one group of rows, into tiles of MB rows: `to` is the group's place in the first panel.
+  void add_queries(int64_t row, int64_t i, int64_t k0, Range columns, T* to) const {
+    const int64_t place0 = place(i, k0 + columns.lo) - (kRows - 1), shift = place0 % pair;
+    const int64_t steps = ceil_div(columns.hi - columns.lo + kRows - 1 + shift, pair);
+    const Element* a = ds + row * LD + columns.lo - (kRows - 1) - shift;
+    for (int64_t f = 0; f < panels; ++f)
+      accumulate<C, LD + 1, pair>(steps, a, rows_q + (f * rows + place0 - shift) / pair * NR, to + f * MB * NR,
+                                  p->head_dim - f * NR);
+  }
+  // d rel_q from a block of `count` queries from q0 on; b is their packed rel_query, panels b_panel apart.
+  void add_rows_q(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel) const {
+    for (int64_t d = columns.lo - (count - 1); d < columns.hi; d += kRows) {
+      const int64_t first = max_of<int64_t>(0, columns.lo - d - (kRows - 1)) / pair * pair,
+                    last = min_of<int64_t>(count, columns.hi - d);
+      if (first >= last) continue;
+      for (int64_t f = 0; f < panels; ++f)
+        accumulate<C, 1, pair*(LD + 1)>(ceil_div(last - first, pair), diagonal + first * (LD + 1) + d,
+                                        b + f * b_panel + first / pair * NR,
+                                        sums_q + (f * rows + place(q0, k0) + d) * NR, p->head_dim - f * NR);
+    }
+  }
+  // d key of one group of keys (column c on) from the rows [first, last) of the block of queries at q0.
+  void add_keys(int64_t q0, int64_t first, int64_t last, int64_t k0, int64_t c, T* to, int64_t to_panel) const {
+    int64_t i = first - (kRows - 1), falling = rows - 1 - place(q0 + i, k0 + c);
+    const int64_t shift = falling % pair, steps = ceil_div(last - first + kRows - 1 + shift, pair);
+    i -= shift, falling -= shift;
+    for (int64_t f = 0; f < panels; ++f)
+      accumulate<C, LD + 1, pair * LD>(steps, vertical + i * LD + c, rows_k + (f * rows + falling) / pair * NR,
+                                       to + f * to_panel, p->head_dim - f * NR);
+  }
+  // d rel_k from a block of `count` queries from q0 on; b is the block's packed keys, panels b_panel apart.
+  void add_rows_k(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel) const {
+    for (int64_t d = columns.lo - (count - 1); d < columns.hi; d += kRows) {
+      const int64_t first = max_of<int64_t>(columns.lo, d) / pair * pair,
+                    last = min_of<int64_t>(columns.hi, d + kRows - 1 + count);
+      if (first >= last) continue;
+      for (int64_t f = 0; f < panels; ++f)
+        accumulate<C, -LD, pair*(LD + 1)>(ceil_div(last - first, pair), diagonal + (first - d) * LD + first,
+                                          b + f * b_panel + first / pair * NR,
+                                          sums_k + (f * rows + place(q0, k0) + d) * NR, p->head_dim - f * NR);
+    }
+  }
+
+  // Adds the sums to the gradient of one head's rows.
+  void reduce(const T* sums, T* gradient) const {
+    const int64_t first = first_position() + distance_margin;
+    for (int64_t e = 0; e < distances; ++e) {
+      T* to = gradient + p->rel_index[first + e] * p->head_dim;
+      const T* from = sums + (e + distance_margin) * NR;
+      for (int64_t f = 0; f < p->head_dim; f += NR, from += rows * NR) {
+        const int64_t n = min_of<int64_t>(NR, p->head_dim - f);
+        for (int64_t d = 0; d < n; ++d) to[f + d] += T(p->scale) * from[d];
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace pyext

@@ -198,7 +198,7 @@ void pack_columns(DType dtype, const Rows& rows, int64_t features, int64_t width
           block[i] = row ? load8<C>(dtype, row, k, features) : _mm256_setzero_ps();
         }
         transpose8(block);
-        for (int64_t s = 0; s < steps; ++s) _mm256_storeu_ps(dst + (k + s) * width + r, block[s]);
+        UNROLL for (int s = 0; s < 8; ++s) if (s < steps) _mm256_storeu_ps(dst + (k + s) * width + r, block[s]);
       }
     }
   }

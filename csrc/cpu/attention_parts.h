@@ -37,6 +37,13 @@ INLINE const char* row_address(const Input& t, DType dtype, int64_t batch, int64
 INLINE char* row_address(const Output& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
   return (char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
 }
+// Rows [first, first + count) of one head, `features` wide.
+template <class View>
+INLINE RowsAhead rows_ahead(const AttentionProblem& p, const View& t, int64_t features, int64_t batch, int64_t head,
+                            int64_t first, int64_t count) {
+  const int64_t bytes = element_size(p.dtype);
+  return {row_address(t, p.dtype, batch, head, first), t.row * bytes, features * bytes, count};
+}
 INLINE int64_t lse_index(const AttentionProblem& p, const Span& s, int64_t head) {
   return (s.batch * p.heads + head) * p.q_len + s.q_begin;
 }

@@ -148,6 +148,17 @@ INLINE void prefetch_rows(const char* src, int64_t row_bytes, int64_t count, int
   for (int64_t r = 0; r < count; ++r)
     for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(src + r * row_bytes + b, _MM_HINT_T1);
 }
+// Rows that will be needed later, asked for one at a time between tiles of arithmetic: all at once they would wait for
+// memory as if they were loaded.
+struct RowsAhead {
+  const char* next = nullptr;
+  int64_t row_bytes = 0, bytes = 0, left = 0;
+  INLINE void ask() {
+    if (left <= 0) return;
+    prefetch_rows(next, row_bytes, 1, bytes);
+    next += row_bytes, --left;
+  }
+};
 
 // Eight rows of eight 32-bit elements each.
 INLINE void transpose8(__m256 (&r)[8]) {

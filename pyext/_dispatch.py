@@ -30,9 +30,6 @@ def _cpu(op: str, problem: tuple) -> str | None:
         return f"the tensors are on {first.device}"
     if first.dtype not in _checks.FLOATING:
         return f"dtype {first.dtype} is not supported"
-    for name in ("block_offsets",):
-        if getattr(problem, name, None) is not None:
-            return f"no CPU kernel for {name}"
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():

@@ -178,21 +178,22 @@ struct ScoreTerms {
 
   bool tabulated() const { return dense || mask || segment; }  // needs a table of addends
 
-  // to[c] = what is added to the score of key j0 + c, c < n (n a multiple of the width); -inf hides a key.
-  void addend_row(int64_t i, int64_t j0, int64_t n, Range visible, T* to) const {
+  // to[c] = what is added to the score of key j0 + c, c < n (n a multiple of the width); -inf hides a key: one outside
+  // of `visible`, one of the first 32 whose bit is not set, one that the byte mask hides.
+  void addend_row(int64_t i, int64_t j0, int64_t n, Range visible, uint32_t bits, T* to) const {
     switch (dense ? dense_dtype : DType::f32) {
       case DType::f32:
-        return addend_row_of<DType::f32>(i, j0, n, visible, to);
+        return addend_row_of<DType::f32>(i, j0, n, visible, bits, to);
       case DType::bf16:
-        return addend_row_of<DType::bf16>(i, j0, n, visible, to);
+        return addend_row_of<DType::bf16>(i, j0, n, visible, bits, to);
       case DType::f16:
-        return addend_row_of<DType::f16>(i, j0, n, visible, to);
+        return addend_row_of<DType::f16>(i, j0, n, visible, bits, to);
       case DType::f64:
-        return addend_row_of<DType::f64>(i, j0, n, visible, to);
+        return addend_row_of<DType::f64>(i, j0, n, visible, bits, to);
     }
   }
   template <DType dtype>
-  void addend_row_of(int64_t i, int64_t j0, int64_t n, Range visible, T* to) const {
+  void addend_row_of(int64_t i, int64_t j0, int64_t n, Range visible, uint32_t bits, T* to) const {
     const Vec<T> hidden = vset(T(-kInfinity));
     const char* bias = dense ? dense + i * dense_row_bytes + j0 * element_size(dtype) : nullptr;
     const uint8_t* bytes = mask ? mask + i * mask_row + j0 : nullptr;
@@ -212,6 +213,7 @@ struct ScoreTerms {
         x = select(nonzero_bytes(left < W ? some : bytes + c, T(0)), x, hidden);
       }
       if (visible.lo > j || visible.hi < j + W) x = select(lanes<T>(visible.lo - j, visible.hi - j), x, hidden);
+      if (~bits && c < 32) x = select(lanes_of<T>(bits >> c), x, hidden);
       vstore(to + c, x);
     }
   }
@@ -232,9 +234,9 @@ struct ScoreTerms {
 
   // s[c] = capped(s[c]) + relative[c] + addend(c): scaled products -> finished scores. With a softcap the products are
   // in units of the cap, and slope[c], if wanted, receives the derivative of tanh. Returns the maximum in each lane.
-  Vec<T> finish_row(int64_t i, int64_t j0, int64_t n, Range visible, T* s, T* slope, T* addends,
+  Vec<T> finish_row(int64_t i, int64_t j0, int64_t n, Range visible, uint32_t bits, T* s, T* slope, T* addends,
                     const T* relative = nullptr) const {
-    addend_row(i, j0, n, visible, addends);
+    addend_row(i, j0, n, visible, bits, addends);
     Vec<T> top = vset(T(-kInfinity));
     for (int64_t c = 0; c < n; c += W) {
       Vec<T> x = vload(s + c);

@@ -3,7 +3,7 @@
 // are a small product with the band's rows, read skewed: entry (i, j) of the tile lies at (i, u) or at (u, j) of a
 // product. These products start the accumulators of q k^T, so that one scale and one epilogue serve all terms.
 #pragma once
-#include "attention_parts.h"
+#include "attention_blocks.h"
 
 namespace pyext {
 namespace {
@@ -100,17 +100,17 @@ struct RelativeBlock {
     if (band) memset(done, 0, groups * sizeof(int32_t));
   }
 
-  // Products of the groups' rel_query with the bands that the keys k0 + touched reach. What is there from the block of
-  // keys before is kept.
-  void extend_bands(const T* q, int64_t q0, int64_t k0, int64_t used_groups, const Range* touched) {
+  // Products of the groups' rel_query with the bands that the chunk's keys reach. What is there from the chunk before
+  // is kept.
+  void extend_bands(const T* q, int64_t q0, const KeyChunk<MB, NB, NR>& chunk, int64_t used_groups) {
     if (!band) return;
     int32_t from[groups], first = INT32_MAX, last = 0;
     for (int64_t g = 0; g < used_groups; ++g) {
       from[g] = INT32_MAX;
-      if (touched[g].lo >= touched[g].hi) continue;
+      const Range keys = chunk.keys_of(g);
+      if (keys.lo >= keys.hi) continue;
       const int64_t i = q0 + g * kRows;
-      const int32_t begin = runs[k0 + touched[g].lo - (i + kRows - 1)] / NR,
-                    end = runs[k0 + touched[g].hi - 1 - i] / NR + 1;
+      const int32_t begin = runs[keys.lo - (i + kRows - 1)] / NR, end = runs[keys.hi - 1 - i] / NR + 1;
       const int32_t keep = done[g] - begin;
       if (keep > 0 && begin != base[g])
         for (int64_t r = 0; r < kRows; ++r) {

@@ -87,6 +87,11 @@ INLINE Lanes nonzero_bytes(const uint8_t* p, float) {
 INLINE Lanes nonzero_bytes(const uint8_t* p, double) {
   return _mm_test_epi8_mask(_mm_loadl_epi64((const __m128i*)p), _mm_set1_epi8(-1));
 }
+// Lane l is in the set if bit l is set.
+template <class T>
+INLINE Lanes lanes_of(uint32_t bits) {
+  return Lanes(bits);
+}
 // Lanes whose number has this bit (a power of two) set.
 template <class T>
 INLINE Lanes lanes_with_bit(int bit) {
@@ -231,6 +236,12 @@ INLINE Lanes nonzero_bytes(const uint8_t* p, double) {
   int32_t four;
   memcpy(&four, p, 4);
   return _mm256_cmpgt_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), _mm256_setzero_si256());
+}
+template <class T>
+INLINE Lanes lanes_of(uint32_t bits) {
+  __m256i bit =
+      sizeof(T) == 4 ? _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128) : _mm256_setr_epi32(1, 1, 2, 2, 4, 4, 8, 8);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
 }
 template <class T>
 INLINE Lanes lanes_with_bit(int bit) {

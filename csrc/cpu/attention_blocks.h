@@ -1,0 +1,168 @@
+// Which keys a block of queries works on: panels of keys, and what each group of rows sees of each panel. Without a
+// block table the panels are neighbours; with one, panels that no query of the block sees are left out.
+#pragma once
+#include "attention_parts.h"
+
+namespace pyext {
+namespace {
+
+// The block table of one (sequence, head), see AttentionProblem.
+struct BlockTable {
+  static constexpr int32_t full = -1, empty = -2;  // instead of the number of a bitmap
+  const int32_t *offsets = nullptr, *index = nullptr;
+  const uint8_t* bits = nullptr;
+
+  BlockTable(const AttentionProblem& p, const Span& s, int64_t head) {
+    if (p.block_offsets) offsets = p.block_offsets + s.batch * p.block_batch + head * p.block_head;
+    index = p.block_index, bits = p.block_bits;
+  }
+  explicit operator bool() const { return offsets; }
+
+  // The block of queries `row` against the block of keys `column`.
+  int32_t find(int64_t row, int64_t column) const {
+    int32_t lo = offsets[row], hi = offsets[row + 1];
+    while (lo < hi) {
+      const int32_t middle = lo + (hi - lo) / 2;
+      if (index[2 * middle] < column)
+        lo = middle + 1;
+      else
+        hi = middle;
+    }
+    return lo < offsets[row + 1] && index[2 * lo] == column ? index[2 * lo + 1] : empty;
+  }
+  // The bits of query i and the n keys from j on, n <= 32 and all in the block whose bitmap is given.
+  INLINE uint32_t word(int32_t bitmap, int64_t i, int64_t j, int n) const {
+    if (bitmap < 0) return bitmap == full ? ~0u : 0;
+    uint32_t word = 0;
+    memcpy(&word, bits + (bitmap * kBlock + i % kBlock) * (kBlock / 8) + j % kBlock / 8, size_t(n) / 8);
+    return word;
+  }
+};
+
+INLINE uint32_t range_word(Range r, int64_t j) {
+  const uint64_t hi = uint64_t(max_of<int64_t>(0, min_of<int64_t>(r.hi - j, 32))),
+                 lo = uint64_t(max_of<int64_t>(0, min_of<int64_t>(r.lo - j, 32)));
+  return uint32_t((1ull << hi) - 1) & ~uint32_t((1ull << lo) - 1);
+}
+
+template <int MB, int NB, int NR>
+struct KeyChunk {
+  static constexpr int slots = NB / NR, groups = MB / kRows;
+  static_assert(NR <= 32 && kBlock % NR == 0 && MB <= kBlock,
+                "a panel has one word of bits, a block two rows of blocks");
+  enum State : uint8_t { hidden, partial, visible };
+
+  int32_t panels, key[slots];  // first key of each panel
+  int32_t bitmap[slots][2];    // of the rows of blocks that the queries lie in; only with a table
+  State state[slots][groups];  // what each group of rows sees of each panel
+  Range touched[groups];       // columns from a group's first panel that is not hidden to its last
+  uint32_t bits[slots][MB];    // of partial panels; only with a table
+
+  void neighbours(int64_t k0, int64_t end) {
+    panels = int32_t(min_of<int64_t>(ceil_div(end - k0, NR), slots));
+    for (int n = 0; n < panels; ++n) key[n] = int32_t(k0) + n * NR;
+  }
+
+  // Queries from q0 on. Returns whether any group sees any panel.
+  bool classify(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0) {
+    const int64_t used_groups = ceil_div(ranges.count, kRows);
+    bool any = false;
+    for (int64_t g = 0; g < used_groups; ++g) touched[g] = {0, 0};
+    for (int n = 0; n < panels; ++n) {
+      const int64_t j = key[n];
+      for (int64_t g = 0; g < used_groups; ++g) {
+        const Range some = ranges.any[g], every = ranges.every[g];
+        State seen = j + NR <= some.lo || j >= some.hi ? hidden : j < every.lo || j + NR > every.hi ? partial : visible;
+        if (table && seen != hidden) seen = group_state(table, ranges, q0, n, g, seen);
+        state[n][g] = seen;
+        if (seen == hidden) continue;
+        if (touched[g].hi == 0) touched[g].lo = n * NR;
+        touched[g].hi = (n + 1) * NR, any = true;
+      }
+    }
+    return any;
+  }
+  State group_state(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0, int n, int64_t g, State seen) {
+    uint32_t some = 0, all = ~0u;
+    for (int64_t i = g * kRows; i < (g + 1) * kRows; ++i) {
+      const int64_t row = q0 + min_of<int64_t>(i, ranges.count - 1);
+      const uint32_t word = table.word(bitmap[n][row / kBlock - q0 / kBlock], row, key[n], NR);
+      bits[n][i] = word, some |= word, all &= word;
+    }
+    const uint32_t full = uint32_t((1ull << NR) - 1);
+    return !(some & full) ? hidden : (all & full) == full ? seen : partial;
+  }
+
+  // Which keys of panel n the rows of a group see, where they see a part of it.
+  INLINE void words(const BlockTable& table, const BlockRanges<MB>& ranges, int n, int64_t g, uint32_t* to) const {
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = g * kRows + i;
+      to[i] = range_word(ranges.row[row], key[n]) & (table ? bits[n][row] : ~0u);
+    }
+  }
+  INLINE uint32_t table_word(const BlockTable& table, int n, int64_t row) const { return table ? bits[n][row] : ~0u; }
+
+  // The groups from the first to the last one that sees something of the panels [from, to).
+  Range groups_that_see(int64_t used_groups, int from, int to) const {
+    auto blind = [&](int64_t g) {
+      for (int n = from; n < to; ++n)
+        if (state[n][g] != hidden) return false;
+      return true;
+    };
+    int64_t first = 0, last = used_groups;
+    while (first < last && blind(first)) ++first;
+    while (first < last && blind(last - 1)) --last;
+    return {int32_t(first), int32_t(last)};
+  }
+  // The keys from a group's first panel to its last.
+  Range keys_of(int64_t g) const {
+    if (touched[g].lo >= touched[g].hi) return {0, 0};
+    return {key[touched[g].lo / NR], key[touched[g].hi / NR - 1] + NR};
+  }
+  // fn(columns, first key) for pieces of neighbouring panels, at most `longest` columns each.
+  template <class Function>
+  INLINE void for_each_run(Range columns, int longest, const Function& fn) const {
+    for (int c = columns.lo; c < columns.hi;) {
+      int end = c + NR;
+      while (end < columns.hi && end - c < longest && key[end / NR] == key[end / NR - 1] + NR) end += NR;
+      fn(Range{c, end}, int64_t(key[c / NR]));
+      c = end;
+    }
+  }
+};
+
+// The panels that some of the queries [q0, q1) see by the table, of the keys in a range, in rising order.
+struct LivePanel {
+  int32_t key, bitmap[2];
+};
+template <int NR>
+int64_t live_panels(const BlockTable& table, int64_t q0, int64_t q1, Range keys, LivePanel* to) {
+  int64_t count = 0;
+  const int64_t first = q0 / kBlock, last = (q1 - 1) / kBlock;
+  int32_t at[2], end[2];
+  for (int b = 0; b < 2; ++b) {
+    const int64_t row = min_of(first + b, last);
+    at[b] = first + b <= last ? table.offsets[row] : 0, end[b] = first + b <= last ? table.offsets[row + 1] : 0;
+  }
+  while (at[0] < end[0] || at[1] < end[1]) {
+    int32_t column = INT32_MAX, bitmap[2] = {BlockTable::empty, BlockTable::empty};
+    for (int b = 0; b < 2; ++b)
+      if (at[b] < end[b]) column = min_of(column, table.index[2 * at[b]]);
+    for (int b = 0; b < 2; ++b)
+      if (at[b] < end[b] && table.index[2 * at[b]] == column) bitmap[b] = table.index[2 * at[b]++ + 1];
+    for (int64_t j = column * kBlock; j < (column + 1) * kBlock; j += NR) {
+      if (j + NR <= keys.lo || j >= keys.hi) continue;
+      uint32_t some = 0;
+      for (int b = 0; b < 2; ++b) {
+        const int64_t from = max_of(q0, (first + b) * kBlock), to_row = min_of(q1, (first + b + 1) * kBlock);
+        for (int64_t i = from; i < to_row && bitmap[b] != BlockTable::empty && !some; ++i)
+          some |= table.word(bitmap[b], i, j, NR);
+      }
+      if (some) to[count++] = {int32_t(j), {bitmap[0], bitmap[1]}};
+    }
+  }
+  return count;
+}
+
+}  // namespace
+}  // namespace pyext

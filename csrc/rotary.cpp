@@ -70,6 +70,7 @@ Tensor rotary_forward(const Tensor& x, const Tensor& cos, const Tensor& sin, con
   add_positions(p, rows, c.size(dims - 2));
   p.cos = table(c), p.sin = table(s), p.table_dtype = dtype_of(c);
   Tensor out = empty_in_order_of(x);
+  use_huge_pages(out);
   p.out = view<Output>(out);
   kernels().rotary_forward(p, parallel());
   return out;

@@ -1,5 +1,9 @@
 // What every op (csrc/<op>.cpp) does with torch's tensors and threads, by the stable C interface alone.
 #pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -57,6 +61,17 @@ View view(const Tensor& t) {
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype, bool zero = false) {
   torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
   return zero ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
+}
+// Hints that a large fresh tensor be made of huge pages, before anything touches it: zeroing 4 KiB pages one fault at a
+// time is most of the time of an op that only streams.
+inline void use_huge_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t end = (begin + uintptr_t(t.numel()) * uintptr_t(t.element_size())) / page * page;
+  const uintptr_t first = (begin + page - 1) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 inline ScalarType accumulator(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

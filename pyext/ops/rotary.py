@@ -189,10 +189,9 @@ def lower(
         else:
             tables_q = _last_rows(value, query.shape[2], key.shape[2])
     kind = value.interleaved, False, "Rotary "
-    return Rotation(
-        _problem(query, *tables_q, positions_q, *kind, names[0], positions_name),
-        _problem(key, *tables, positions_k, *kind, names[1], "positions_k"),
-    )
+    # The key first: its tables are whole, and so are their sizes in messages.
+    turned_key = _problem(key, *tables, positions_k, *kind, names[1], "positions_k")
+    return Rotation(_problem(query, *tables_q, positions_q, *kind, names[0], positions_name), turned_key)
 
 
 def _last_rows(value: Rotary, queries: int, keys: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ POSITIONS = (None, "row", "batch")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of pyext.rotary on (b, h, n, d), of which r features rotate. table_dtype: None = x's; layouts: see there."""
+    """A call of pyext.rotary on (b, h, n, d) with r features rotated. table_dtype: None = x's."""
 
     b: int = 2
     h: int = 3

@@ -116,6 +116,7 @@ class Case:
     threads: int = 1
     isa: str | None = None
     peak: str | None = None
+    op: str = "attention"
 
     @property
     def seed(self) -> int:
@@ -134,13 +135,13 @@ def percent_of_peak(at_least: float | None = None, who: str = "pyext") -> Figure
     return Figure("share of peak", "%", compute, at_least=at_least)
 
 
-def percent_of_bandwidth(at_least: float | None = None, who: str = "pyext") -> Figure:
-    """100 * bytes / seconds / best sustained read rate of the same run."""
+def percent_of_bandwidth(at_least: float | None = None, who: str = "pyext", what: str = "read") -> Figure:
+    """100 * bytes / seconds / best sustained rate of the same run, of reading or whatever the probe does."""
 
     def compute(m: Measured) -> float | None:
         return 100 * m.bytes / m.seconds[who] / m.bandwidth if m.bandwidth else None
 
-    return Figure("share of read bandwidth", "%", compute, at_least=at_least)
+    return Figure(f"share of {what} bandwidth", "%", compute, at_least=at_least)
 
 
 def speedup(peer: str, at_least: float | None = None, who: str = "pyext", name: str | None = None) -> Figure:
@@ -395,7 +396,7 @@ def _entry(case: Case, isa: str, error: dict | None, measured: Measured | None, 
         }
     return {
         "name": case.name,
-        "op": "attention",
+        "op": case.op,
         "group": case.group,
         "title": case.title,
         "dtype": case.dtype,

@@ -34,9 +34,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def selected(pattern: str, threads: int) -> list:
-    from .attention_cases import all_cases
+    from . import attention_cases, rotary_cases
 
-    cases = [case for case in all_cases() if re.search(pattern, case.name)]
+    cases = [*attention_cases.all_cases(), *rotary_cases.all_cases()]
+    cases = [case for case in cases if re.search(pattern, case.name)]
     if not cases:
         raise SystemExit(f"--cases {pattern!r} matches none of the cases; see --list")
     if threads != 1:  # the two-thread cases say themselves how many they take

@@ -2,74 +2,18 @@
 // instruction set. Friendly messages come from Python (pyext/ops/attention.py); what is checked here protects memory.
 #include "attention.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <initializer_list>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "cpu/isa.h"
-#include "parallel.h"
+#include "tensors.h"
 
 namespace pyext {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::Double:
-      return DType::f64;
-    default:
-      STD_TORCH_CHECK(false, "pyext::attention takes float32, bfloat16, float16 and float64 tensors");
-  }
-}
-
-// What a kernel may read in place: unit feature stride. Anything else is copied.
-Tensor readable(const Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
-MaybeTensor readable(const MaybeTensor& t) { return t ? MaybeTensor(readable(*t)) : t; }
-MaybeTensor contiguous(const MaybeTensor& t) { return t ? MaybeTensor(torch::stable::contiguous(*t)) : t; }
-
-template <class View>
-View view(const Tensor& t) {
-  View v;
-  if constexpr (std::is_same_v<View, Output>)
-    v.data = t.mutable_data_ptr();
-  else
-    v.data = t.const_data_ptr();
-  // Broadcast dimensions of size 1 get stride 0, so that any index reads the one entry.
-  v.batch = t.size(0) == 1 ? 0 : t.stride(0);
-  v.head = t.size(1) == 1 ? 0 : t.stride(1);
-  v.row = t.size(2) == 1 ? 0 : t.stride(2);
-  return v;
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype, bool zero = false) {
-  torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
-  return zero ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
-}
 // (batch, heads, rows, features) in (batch, rows, heads, features) memory: what the next projection reads without a
 // copy.
 Tensor empty_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t features, bool zero) {
   return torch::stable::transpose(empty(like, {batch, rows, heads, features}, like.scalar_type(), zero), 1, 2);
 }
-ScalarType accumulator(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_broadcast(const Tensor& t, const AttentionProblem& p, const char* name) {
   auto fits = [](int64_t size, int64_t full) { return size == full || size == 1; };
   STD_TORCH_CHECK(t.dim() == 4 && fits(t.size(0), p.batch) && fits(t.size(1), p.heads) && fits(t.size(2), p.q_len) &&
@@ -261,26 +205,6 @@ struct Arguments {
     return at;
   }
 };
-
-// torch's thread pool. A call from inside another parallel region gets one thread and still works.
-void run_parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
-  struct Call {
-    void (*body)(int64_t, void*);
-    void* context;
-  } call{body, context};
-  auto range = [](int64_t begin, int64_t end, void* p) {
-    const Call& c = *static_cast<const Call*>(p);
-    for (int64_t i = begin; i < end; ++i) c.body(i, c.context);
-  };
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, range, &call));
-}
-Parallel parallel() { return {int(torch::stable::get_num_threads()), run_parallel}; }
-
-const KernelTable& kernels() {
-  const KernelTable* table = active_kernels();
-  STD_TORCH_CHECK(table, "this processor has none of the instruction sets that the kernels were built for");
-  return *table;
-}
 
 std::tuple<Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& dense, const MaybeTensor& diag,

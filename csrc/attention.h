@@ -6,23 +6,12 @@
 //   lo_i <= j < hi_i and mask(i, j) and the bit (i, j) of the block table is set;
 //   P = dropout(softmax(S, with sinks as one more logit)), out = P v, lse = log(sum(exp(S)))
 #pragma once
-#include <cstdint>
+#include "strided.h"
 
 namespace pyext {
 
-enum class DType : int { f32, bf16, f16, f64 };
-
 // Queries and keys of a block of the block table.
 constexpr int64_t kBlock = 128;
-
-// A (batch, head, row, feature) tensor with unit feature stride; strides are in elements, 0 broadcasts.
-template <class Pointer>
-struct Strided {
-  Pointer data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
-};
-using Input = Strided<const void*>;
-using Output = Strided<void*>;
 
 struct AttentionProblem {
   DType dtype = DType::f32;  // of query, key, value, out and their gradients; "accumulator type": f64 for f64, else f32

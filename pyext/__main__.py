@@ -54,6 +54,16 @@ CASES = (
         lambda t: {"bias": pyext.bias.alibi(t["slopes"]), "mask": pyext.masks.causal(), "enable_gqa": True},
     ),
     Case("padding", _shapes(2, 2, 70, 133), lambda t: {"mask": pyext.masks.padding(torch.tensor([133, 51]))}),
+    Case(
+        "RoPE",
+        _shapes(4, 2, 67, 67, cos=(67, 20), sin=(67, 20)),
+        lambda t: {"rotary": pyext.Rotary(t["cos"], t["sin"]), "is_causal": True, "enable_gqa": True},
+    ),
+    Case(
+        "GPT-J",
+        _shapes(3, 3, 67, 67, cos=(67, 9), sin=(67, 9)),
+        lambda t: {"rotary": pyext.Rotary(t["cos"], t["sin"], interleaved=True)},
+    ),
     Case("decode", _shapes(8, 2, 1, 1025), lambda t: {"enable_gqa": True}),
     Case(
         "packed",
@@ -87,6 +97,10 @@ def _attend(case: Case, leaves: dict[str, Tensor], impl: str) -> tuple[Tensor, T
     if impl != "eager":
         op = pyext.varlen_attention if case.packed else pyext.attention
         return op(*qkv, return_lse=True, impl=impl, **options)
+    rotary = options.pop("rotary", None)
+    if rotary is not None:
+        turn = functools.partial(pyext.rotary, interleaved=rotary.interleaved, impl="reference")
+        qkv[:2] = [turn(x, rotary.cos, rotary.sin) for x in qkv[:2]]
     if not case.packed:
         return _eager(_dispatch.lower(pyext.attention, *qkv, **options)[0])
     del options["cu_seqlens_q"], options["cu_seqlens_k"]

@@ -101,3 +101,18 @@ class AttentionProblem(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0  # 0 = off
     dropout_p: float = 0.0
+
+
+class RotaryProblem(NamedTuple):
+    """Rotary position embedding: exactly the arguments of the op `pyext::rotary_forward`, in its order.
+
+    Pair k of a row, k < R/2, is features (k, k + R/2), or (2k, 2k + 1) if `interleaved`. With c, s = cos, sin at the
+    row's position: (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), s with the other sign if `inverse`. The rest is copied.
+    """
+
+    x: Tensor  # (B, H, L, D), fp32 | bf16 | fp16 | fp64
+    cos: Tensor  # (rows, R/2) or (B|1, rows, R/2), any float dtype, rows >= L without positions
+    sin: Tensor  # like cos
+    positions: Tensor | None = None  # (B|1, L) int64 in [0, rows); None = row i for token i
+    interleaved: bool = False
+    inverse: bool = False

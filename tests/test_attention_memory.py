@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import subprocess
 import sys
 import textwrap
@@ -11,24 +10,7 @@ import pytest
 import torch
 
 import pyext
-
-FAR = 2**31 + 2**12  # elements
-
-
-def far_apart(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """`values` with slices along `dim` lying so far apart that the last one is more than 2^31 elements from the first.
-
-    The memory is reserved, not used: only the pages that hold the values are ever touched.
-    """
-    step = FAR // (values.shape[dim] - 1) + 1
-    strides = [values.shape[-1] * int(torch.tensor(values.shape[n + 1 : -1]).prod()) for n in range(3)] + [1]
-    strides[dim] = step
-    used = sum((size - 1) * stride for size, stride in zip(values.shape, strides)) + 1
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = mmap.mmap(-1, used * values.element_size(), flags=flags)
-    view = torch.frombuffer(memory, dtype=values.dtype, count=used).as_strided(values.shape, strides)
-    assert (values.shape[dim] - 1) * view.stride(dim) > 2**31
-    return view.copy_(values)
+from support.layouts import far_apart
 
 
 def gradients(q, k, v, impl, **options):

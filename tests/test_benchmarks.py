@@ -12,7 +12,8 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.append(ROOT)
 
-from benchmarks import attention_cases, harness, peers, report  # noqa: E402
+import pyext  # noqa: E402
+from benchmarks import attention_cases, harness, peers, report, rotary_cases  # noqa: E402
 from benchmarks.harness import Case, Contender, Measured, Work  # noqa: E402
 
 MEASURED = Measured({"pyext": 0.5, "SDPA": 2.0}, flops=100.0, bytes=40.0, peak=400.0, bandwidth=160.0)
@@ -129,7 +130,7 @@ def test_machine_state_is_put_back():
 
 
 def test_case_names_are_unique_and_drawn():
-    names = [case.name for case in attention_cases.all_cases()]
+    names = [case.name for case in report.selected("", threads=1)]
     assert len(names) == len(set(names))
     assert {f"{name}/{dtype}" for name, _ in report.BARS for dtype in ("fp32", "bf16")} <= set(names)
 
@@ -142,6 +143,23 @@ def test_schemes_say_the_same_to_everyone(scheme):
     for other in outputs[1:]:
         for name, tensor in outputs[0].items():
             torch.testing.assert_close(other[name], tensor, rtol=2e-4, atol=2e-5)
+
+
+def test_rotary_says_the_same_to_everyone(monkeypatch):
+    """pyext, Transformers' function (or the formula without it) and the formula, alone and inside attention."""
+    x = torch.randn(2, 3, 37, 8)
+    cos, sin = rotary_cases.tables(x.shape)
+    for interleaved in (False, True):
+        formula = rotary_cases.turned(x, interleaved)
+        torch.testing.assert_close(pyext.rotary(x, cos, sin, interleaved=interleaved), formula, rtol=1e-5, atol=1e-6)
+    theirs = rotary_cases.transformers_eager(x)
+    if theirs is not None:
+        torch.testing.assert_close(theirs(x), rotary_cases.turned(x), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(rotary_cases, "FULL", (1, 2, 19, 8))
+    monkeypatch.setattr(rotary_cases, "LLAMA", (1, 2, 19, 8))
+    for case in rotary_cases.all_cases():
+        assert case.op == "rotary"
+        assert harness.run_case(case, budget=0.01)["status"] == "ok"
 
 
 def test_t5_buckets_at_known_distances():

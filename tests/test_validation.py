@@ -177,6 +177,7 @@ REFUSED = {
     "sinks, heads": ({"sinks": T(4)}, ValueError, r"sinks must have shape \(8,\) to match query, got \(4,\)"),
     "sinks, 2-D": ({"sinks": T(8, 1)}, ValueError, r"sinks must have shape \(8,\) to match query, got \(8, 1\)"),
     "sinks, device": ({"sinks": T(8, device="meta")}, ValueError, r"sinks must be on cpu like query"),
+    "rotary": ({"rotary": T(9, 4)}, TypeError, r"rotary must be a pyext\.Rotary, got Tensor"),
     "return_lse": ({"return_lse": "yes"}, TypeError, r"return_lse must be a bool, got str"),
     "generator, seed": ({"generator": 3}, TypeError, r"generator must be a torch\.Generator, got int"),
     "deterministic": ({"deterministic": None}, TypeError, r"deterministic must be a bool, got NoneType"),
@@ -250,6 +251,7 @@ REFUSED_PACKED = {
         ValueError,
         r"masks\.prefix lengths must have shape \(2,\) to match cu_seqlens_q, got \(3,\)",
     ),
+    "rotary": ({"rotary": 1}, TypeError, r"rotary must be a pyext\.Rotary, got int"),
     "generator": ({"generator": "cpu"}, TypeError, r"generator must be a torch\.Generator"),
 }
 
@@ -290,7 +292,7 @@ def test_all_arguments_are_tested():
 
     for op, table in ((pyext.attention, REFUSED), (pyext.varlen_attention, REFUSED_PACKED)):
         seen = {name for changes, _, _ in table.values() for name in changes}
-        missing = set(inspect.signature(op).parameters) - seen - {"rotary"}
+        missing = set(inspect.signature(op).parameters) - seen
         if op is pyext.varlen_attention:  # shared code, tested above
             missing -= {"is_causal", "return_lse", "deterministic", "impl"}
         assert not missing

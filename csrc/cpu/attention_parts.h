@@ -1,6 +1,7 @@
 // What the forward, backward and decode kernels share: which keys a row sees, the terms added to a score, dropout.
 // Scores are kept in the units of the compute type (gemm.h).
 #pragma once
+#include "../attention.h"
 #include "gemm.h"
 
 namespace pyext {
@@ -31,12 +32,6 @@ inline Longest longest_span(const AttentionProblem& p) {
   return longest;
 }
 
-INLINE const char* row_address(const Input& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
-  return (const char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
-}
-INLINE char* row_address(const Output& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
-  return (char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
-}
 // Rows [first, first + count) of one head, `features` wide.
 template <class View>
 INLINE RowsAhead rows_ahead(const AttentionProblem& p, const View& t, int64_t features, int64_t batch, int64_t head,

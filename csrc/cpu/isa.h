@@ -9,6 +9,7 @@
 namespace pyext {
 
 struct AttentionProblem;  // csrc/attention.h
+struct RotaryProblem;     // csrc/rotary.h
 struct Parallel;          // csrc/parallel.h
 
 // The arithmetic whose peak rate KernelTable::peak_flops measures.
@@ -18,6 +19,8 @@ struct KernelTable {
   const char* name;  // "avx2", "avx512", "avx512_bf16"
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
   void (*attention_backward)(const AttentionProblem&, const Parallel&);
+  void (*rotary_forward)(const RotaryProblem&, const Parallel&);
+  void (*rotary_backward)(const RotaryProblem&, const Parallel&);
   // Floating-point operations per second of the calling thread in a loop of independent multiply-adds that touches
   // registers only (cpu/peak.inc), measured over about `seconds`.
   double (*peak_flops)(int peak_type, double seconds);

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../attention.h"
+#include "../strided.h"
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -54,6 +54,7 @@ INLINE D vset(double x) { return _mm512_set1_pd(x); }
 INLINE F vfma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE D vfma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
 INLINE F vfms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+INLINE D vfms(D a, D b, D c) { return _mm512_fmsub_pd(a, b, c); }
 INLINE F vmul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE D vmul(D a, D b) { return _mm512_mul_pd(a, b); }
 INLINE F vadd(F a, F b) { return _mm512_add_ps(a, b); }
@@ -65,6 +66,9 @@ INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE D vmax(D a, D b) { return _mm512_max_pd(a, b); }
 INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
 INLINE D vmin(D a, D b) { return _mm512_min_pd(a, b); }
+// Neighbours exchanged: lanes 1, 0, 3, 2, ...
+INLINE F vswap(F v) { return _mm512_permute_ps(v, 0xB1); }
+INLINE D vswap(D v) { return _mm512_permute_pd(v, 0x55); }
 INLINE float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
 INLINE double reduce_max(D v) { return _mm512_reduce_max_pd(v); }
 INLINE float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
@@ -182,6 +186,7 @@ INLINE D vset(double x) { return _mm256_set1_pd(x); }
 INLINE F vfma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE D vfma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
 INLINE F vfms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
+INLINE D vfms(D a, D b, D c) { return _mm256_fmsub_pd(a, b, c); }
 INLINE F vmul(F a, F b) { return _mm256_mul_ps(a, b); }
 INLINE D vmul(D a, D b) { return _mm256_mul_pd(a, b); }
 INLINE F vadd(F a, F b) { return _mm256_add_ps(a, b); }
@@ -193,6 +198,8 @@ INLINE F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE D vmax(D a, D b) { return _mm256_max_pd(a, b); }
 INLINE F vmin(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE D vmin(D a, D b) { return _mm256_min_pd(a, b); }
+INLINE F vswap(F v) { return _mm256_permute_ps(v, 0xB1); }
+INLINE D vswap(D v) { return _mm256_permute_pd(v, 0x5); }
 INLINE float reduce_max(F v) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -348,6 +355,12 @@ INLINE D vtanh(D x) {
 }
 
 INLINE int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+INLINE const char* row_address(const Input& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return (const char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
+}
+INLINE char* row_address(const Output& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
+  return (char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
+}
 
 // One vector of `dtype` elements, converted to the accumulator type.
 INLINE F vload_as(DType dtype, const char* p, float) {

@@ -18,6 +18,7 @@ from .. import masks as _masks
 from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
 from ..reference.attention import attention as _reference
 from . import _autograd
+from . import rotary as _rotary
 from ._shapes import four_dims, restore
 
 
@@ -33,7 +34,7 @@ def attention(
     *,
     bias: _bias.Bias | None = None,
     mask: _masks.Mask | None = None,
-    rotary=None,
+    rotary: _rotary.Rotary | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -59,7 +60,8 @@ def attention(
         enable_gqa: let Hq be a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
         bias: `pyext.bias` object, added to the score after the softcap.
         mask: `pyext.masks` object.
-        rotary: not implemented by any backend yet; anything but None is refused.
+        rotary: `pyext.Rotary`: query and key are rotated by their positions first (in grouped heads each key head
+            once).
         softcap: c > 0, or None.
         sinks: (Hq,) float, one more logit per head in the softmax denominator; differentiable.
         return_lse: also return the LSE.
@@ -74,11 +76,11 @@ def attention(
         TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
     Source: Vaswani et al., "Attention is all you need" (2017), eq. 1; arguments and semantics of PyTorch's SDPA.
     """
-    problem, prefix, unsupported = _prepare(
+    problem, prefix, rotation = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks
     )
     _check_options(return_lse, generator, deterministic, problem)
-    out, lse = _run("attention", impl, problem, generator, unsupported)
+    out, lse = _run("attention", impl, problem, generator, rotation)
     out = restore(out, prefix)
     return (out, restore(lse.to(acc_dtype(out.dtype)), prefix)) if return_lse else out
 
@@ -98,7 +100,7 @@ def varlen_attention(
     enable_gqa: bool = False,
     bias: _bias.Bias | None = None,
     mask: _masks.Mask | None = None,
-    rotary=None,
+    rotary: _rotary.Rotary | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -127,19 +129,23 @@ def varlen_attention(
         as `attention`; ValueError for biases and masks that need one common score matrix (dense, padding, documents).
     Source: the interface of flash-attn 2 (Dao, 2023).
     """
-    problem, _, unsupported = _prepare_varlen(
+    problem, _, rotation = _prepare_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
     )  # fmt: skip
     _check_options(return_lse, generator, deterministic, problem)
-    out, lse = _run("varlen_attention", impl, problem, generator, unsupported)
+    out, lse = _run("varlen_attention", impl, problem, generator, rotation)
     out = out[0].transpose(0, 1)
     return (out, lse[0].to(acc_dtype(out.dtype))) if return_lse else out
 
 
-def _run(op: str, impl: str, problem: AttentionProblem, generator, unsupported: str | None) -> tuple[Tensor, Tensor]:
+def _run(op: str, impl: str, problem: AttentionProblem, generator, rotation) -> tuple[Tensor, Tensor]:
     """Choose the backend and call it: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), which kernels give in fp64."""
-    backend = _dispatch.choose(op, impl, problem, unsupported)
+    if rotation is None:
+        backend = _dispatch.choose(op, impl, problem)
+    else:
+        backend = _dispatch.choose(op, impl, (*problem, *rotation.query, *rotation.key))
+        problem = rotation.apply(problem, backend)
     if problem.dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
         problem = problem._replace(seed=seed)
@@ -162,8 +168,8 @@ def _is_recorded(problem: AttentionProblem) -> bool:
 
 def _prepare(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks
-) -> tuple[AttentionProblem, tuple[int, ...] | None, str | None]:
-    """Validate and lower a call of `attention`: (flat problem, output prefix, an argument no backend implements)."""
+) -> tuple[AttentionProblem, tuple[int, ...] | None, _rotary.Rotation | None]:
+    """Validate and lower a call of `attention`: (flat problem, output prefix, rotation of query and key)."""
     query, key, value = _inputs(("query", "key", "value"), query, key, value)
     query, key, value, lead, prefix = four_dims(query, key, value, _checks.flag("enable_gqa", enable_gqa))
     right = UNBOUNDED
@@ -182,13 +188,14 @@ def _prepare(
             right, attn_mask = _causal_right(attn_mask, sizes), None
         bias, mask = _absorb_attn_mask(attn_mask, bias, mask)
         lowered = _lower(bias, mask, sinks, right, sizes)
-    return _problem(query, key, value, lowered, None, None, scale, softcap, dropout_p), prefix, _unsupported(rotary)
+    rotation = _rotary.lower(rotary, ("query", "key"), query, key)
+    return _problem(query, key, value, lowered, None, None, scale, softcap, dropout_p), prefix, rotation
 
 
 def _prepare_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
-) -> tuple[AttentionProblem, None, str | None]:  # fmt: skip
+) -> tuple[AttentionProblem, None, _rotary.Rotation | None]:  # fmt: skip
     """The same for a call of `varlen_attention`."""
     q, k, v = _inputs(("q", "k", "v"), q, k, v)
     _check_packed(q, k, v, _checks.flag("enable_gqa", enable_gqa))
@@ -204,7 +211,8 @@ def _prepare_varlen(
     right = 0 if _checks.flag("is_causal", is_causal) else UNBOUNDED
     sizes = Sizes((), q.shape[1], q.shape[0], k.shape[0], q.device, acc_dtype(q.dtype), cu_q, cu_k)
     lowered = _lower(bias, mask, sinks, right, sizes)
-    return _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), None, _unsupported(rotary)
+    rotation = _rotary.lower(rotary, ("q", "k"), query, key, cu_q, cu_k)
+    return _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), None, rotation
 
 
 def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
@@ -300,10 +308,6 @@ def _lower(bias, mask, sinks, right, sizes: Sizes) -> dict:
     return {**biases._asdict(), **visible._asdict(), "sinks": sinks, "right": min(right, visible.right)}
 
 
-def _unsupported(rotary) -> str | None:
-    return None if rotary is None else "rotary"
-
-
 def _check_options(return_lse, generator, deterministic, problem: AttentionProblem) -> None:
     """The arguments that are no part of the mathematics."""
     _checks.flag("return_lse", return_lse)
@@ -354,9 +358,9 @@ def _offsets(name: str, value, packed: Tensor) -> Tensor:
 
 def _explain(prepare, return_lse, generator, deterministic, **call):
     """What `_dispatch.explain` asks of an op: all of a call but running it."""
-    problem, _, unsupported = prepare(**call)
+    problem, _, rotation = prepare(**call)
     _check_options(return_lse, generator, deterministic, problem)
-    return problem, unsupported
+    return problem, None
 
 
 _dispatch.register(attention, functools.partial(_explain, _prepare))

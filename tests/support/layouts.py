@@ -6,10 +6,12 @@ A kernel that reads one element outside its view, or computes with a tail it sho
 from __future__ import annotations
 
 import math
+import mmap
 
 import torch
 
 MARGIN = 48
+FAR = 2**31 + 2**12  # elements
 
 
 def _strides(kind: str, b: int, h: int, n: int, d: int) -> tuple[int, int, int, int]:
@@ -59,3 +61,19 @@ def place(values: torch.Tensor, kind: str = "contiguous") -> torch.Tensor:
             values = values.narrow(dim, 0, 1)
     storage.as_strided(values.shape, strides, offset).copy_(values)
     return storage.as_strided(shape, strides, offset)
+
+
+def far_apart(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """`values` with slices along `dim` lying so far apart that the last one is more than 2^31 elements from the first.
+
+    The memory is reserved, not used: only the pages that hold the values are ever touched.
+    """
+    step = FAR // (values.shape[dim] - 1) + 1
+    strides = [values.shape[-1] * int(torch.tensor(values.shape[n + 1 : -1]).prod()) for n in range(3)] + [1]
+    strides[dim] = step
+    used = sum((size - 1) * stride for size, stride in zip(values.shape, strides)) + 1
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, used * values.element_size(), flags=flags)
+    view = torch.frombuffer(memory, dtype=values.dtype, count=used).as_strided(values.shape, strides)
+    assert (values.shape[dim] - 1) * view.stride(dim) > 2**31
+    return view.copy_(values)

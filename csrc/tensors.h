@@ -1,0 +1,100 @@
+// What every op (csrc/<op>.cpp) does with torch's tensors and threads, by the stable C interface alone.
+#pragma once
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+
+#include "cpu/isa.h"
+#include "parallel.h"
+#include "strided.h"
+
+namespace pyext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      STD_TORCH_CHECK(false, "pyext takes float32, bfloat16, float16 and float64 tensors");
+  }
+}
+
+// What a kernel may read in place: unit feature stride. Anything else is copied.
+inline Tensor readable(const Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+inline MaybeTensor readable(const MaybeTensor& t) { return t ? MaybeTensor(readable(*t)) : t; }
+inline MaybeTensor contiguous(const MaybeTensor& t) { return t ? MaybeTensor(torch::stable::contiguous(*t)) : t; }
+
+template <class View>
+View view(const Tensor& t) {
+  View v;
+  if constexpr (std::is_same_v<View, Output>)
+    v.data = t.mutable_data_ptr();
+  else
+    v.data = t.const_data_ptr();
+  // Broadcast dimensions of size 1 get stride 0, so that any index reads the one entry.
+  v.batch = t.size(0) == 1 ? 0 : t.stride(0);
+  v.head = t.size(1) == 1 ? 0 : t.stride(1);
+  v.row = t.size(2) == 1 ? 0 : t.stride(2);
+  return v;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype, bool zero = false) {
+  torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
+  return zero ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
+}
+// Hints that a large fresh tensor be made of huge pages, before anything touches it: zeroing 4 KiB pages one fault at a
+// time is most of the time of an op that only streams.
+inline void use_huge_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t end = (begin + uintptr_t(t.numel()) * uintptr_t(t.element_size())) / page * page;
+  const uintptr_t first = (begin + page - 1) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+inline ScalarType accumulator(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// torch's thread pool. A call from inside another parallel region gets one thread and still works.
+inline void run_parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
+  struct Call {
+    void (*body)(int64_t, void*);
+    void* context;
+  } call{body, context};
+  auto range = [](int64_t begin, int64_t end, void* p) {
+    const Call& c = *static_cast<const Call*>(p);
+    for (int64_t i = begin; i < end; ++i) c.body(i, c.context);
+  };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, range, &call));
+}
+inline Parallel parallel() { return {int(torch::stable::get_num_threads()), run_parallel}; }
+
+inline const KernelTable& kernels() {
+  const KernelTable* table = active_kernels();
+  STD_TORCH_CHECK(table, "this processor has none of the instruction sets that the kernels were built for");
+  return *table;
+}
+
+}  // namespace pyext

@@ -1,0 +1,3 @@
+"""Modules: what models are built with."""
+
+from .rotary import RotaryEmbedding as RotaryEmbedding

@@ -69,6 +69,7 @@ class Mask:
 
     label: ClassVar[str] = "mask"  # how error messages call it
     closed: ClassVar[bool] = False  # a closed form: hashable, holds neither tensors nor functions, alike for all heads
+    reorders: ClassVar[bool] = False  # whether `parts` may give something
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, as_mask(other)) if as_mask(other) is not None else NotImplemented
@@ -211,19 +212,22 @@ def once(make: Callable, mask: Mask, sizes: Sizes, *options):
         return _closed(make, mask, sizes, *options)
     contents = _contents(mask)
     if contents is None:
-        return make(mask, sizes, *options)
+        return _made(make, mask, sizes, *options)
     kept = mask.kept()
     key = (make, sizes.lead, sizes.heads, sizes.queries, sizes.keys, sizes.device, contents, *options)
     if key not in kept:
         while len(kept) >= _KEPT:
             kept.pop(next(iter(kept)), None)
-        kept[key] = make(mask, sizes, *options)
+        kept[key] = _made(make, mask, sizes, *options)
     return kept[key]
 
 
-@functools.lru_cache(maxsize=_KEPT_CLOSED)
-def _closed(make: Callable, mask: Mask, sizes: Sizes, *options):
-    return make(mask, sizes, *options)
+def _made(make: Callable, mask: Mask, sizes: Sizes, *options):
+    with torch.inference_mode(False):  # a later call, with gradients, may want to save it for backward
+        return make(mask, sizes, *options)
+
+
+_closed = functools.lru_cache(maxsize=_KEPT_CLOSED)(_made)
 
 
 def _contents(mask: Mask) -> tuple | None:
@@ -269,13 +273,17 @@ class And(_Pair):
     def visible(self, b, h, i, j, sizes):
         return self.first.visible(b, h, i, j, sizes) & self.second.visible(b, h, i, j, sizes)
 
+    @property
+    def reorders(self):
+        return self.first.reorders != self.second.reorders
+
     def parts(self, sizes):
         """Those of one side, within the ranges of the other."""
-        first, second = self.first.parts(sizes), self.second.parts(sizes)
-        if (first is None) == (second is None):
+        if not self.reorders:
             return None
-        parts, other = (first, self.second) if second is None else (second, self.first)
-        if any(part.ranks is not None for part in parts):
+        one, other = (self.first, self.second) if self.first.reorders else (self.second, self.first)
+        parts = one.parts(sizes)
+        if parts is None or any(part.ranks is not None for part in parts):
             return None
         limits = other.lower(sizes)
         return tuple(part._replace(limits=part.limits.meet(limits)) for part in parts) if limits.is_range else None
@@ -310,6 +318,10 @@ class Built(Mask):
     sizes: Sizes
     lowered: Lowered
     ready: tuple[Pass, ...] | None
+
+    @property
+    def reorders(self):
+        return self.source.reorders
 
     def _check(self, sizes):
         if sizes.varlen:

@@ -46,6 +46,7 @@ class Strided(_Closed):
     """See `strided`."""
 
     label = "masks.strided"
+    reorders = True
     stride: int
 
     def shows(self, i, j):
@@ -146,6 +147,7 @@ class ImageColumns(_Image):
     """See `image_columns`."""
 
     label = "masks.image_columns"
+    reorders = True
 
     def near(self, t, u):
         return (t - u) % self.side == 0
@@ -186,6 +188,7 @@ class Permutation(Mask):
     """See `permutation`."""
 
     label = "masks.permutation"
+    reorders = True
     order: Tensor
     exclude_self: bool = False
 

@@ -16,7 +16,7 @@ LEAST_QUERIES = 256
 
 def of(mask, sizes: Sizes, right: int, dropout_p: float) -> tuple[Pass, ...] | None:
     """The passes that compute a call with this mask and no bias exactly, or None where the flat problem is the way."""
-    if mask is None or dropout_p or sizes.varlen or sizes.queries < LEAST_QUERIES or sizes.keys == 0:
+    if mask is None or not mask.reorders or dropout_p or sizes.queries < LEAST_QUERIES or sizes.keys == 0:
         return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None

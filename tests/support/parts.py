@@ -228,10 +228,8 @@ def image(c: Context, kind: str, text: int, side: int, kernel: int = 3) -> Term:
 def permutation(c: Context, batched=False, exclude_self=False) -> Term:
     """Needs Lq <= Lk."""
     s = c.shape
-    order = torch.stack([torch.randperm(s.lk, generator=c.generator) for _ in range(s.b if batched else 1)])
-    rank = torch.zeros_like(order)
-    for row, places in zip(rank, order):
-        row[places] = torch.arange(s.lk)
+    order = torch.rand(s.b if batched else 1, s.lk, generator=c.generator).argsort(-1)
+    rank = torch.zeros_like(order).scatter_(-1, order, torch.arange(s.lk).expand_as(order))
     own, every = rank[:, s.lk - s.lq :, None], rank[:, None, :]
     allowed = (every < own if exclude_self else every <= own).unsqueeze(1)
     order = order if batched else order[0]

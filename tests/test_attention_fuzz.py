@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pyext
 from support import backends, layouts
-from support.cases import DTYPES, Case, compare, expected, run
+from support.cases import DTYPES, Case, compare, expected, refused, run
 from support.parts import (
     Shape,
     alibi,
@@ -22,13 +22,19 @@ from support.parts import (
     diagonal,
     documents,
     either,
+    fixed,
     float_attn_mask,
     frozen_attn_mask,
+    function,
+    image,
     is_causal,
     padding,
+    permutation,
     prefix,
+    strided,
     t5,
     torch_causal,
+    union,
     window,
 )
 
@@ -68,7 +74,22 @@ def masks(shape):
         st.just(prefix()),
         st.builds(either, st.integers(0, shape.lk)),
         st.builds(dense_mask, st.sampled_from(BROADCASTS), st.sampled_from([0.02, 0.3, 0.9])),
+        blocks(shape),
+        st.builds(union, blocks(shape), blocks(shape)),
     )
+
+
+def blocks(shape):
+    """Masks that lower to a block table, and some that are reordered instead."""
+    several = [
+        st.builds(strided, st.integers(1, 40)),
+        st.builds(lambda stride, summary: fixed(stride, min(stride, summary)), st.integers(1, 40), st.integers(1, 9)),
+        st.builds(image, st.sampled_from(["rows", "columns", "conv"]), st.integers(0, 50), st.integers(1, 20)),
+        st.builds(function, st.sampled_from([which for which in BROADCASTS if len(which) == 4])),
+    ]
+    if shape.lq <= shape.lk:
+        several.append(st.builds(permutation, st.booleans(), st.booleans()))
+    return st.one_of(several)
 
 
 def biases():
@@ -117,6 +138,8 @@ def cases(draw):
 def test_any_call(which, dtype, seed, threads):
     drawn, reference, eager = expected(which, dtype, seed)
     for backend in backends.ALL:
+        if refused(drawn, backend.impl):
+            continue
         with backend.selected():
             got = run(drawn, backend.impl, threads)
         compare(drawn, got, reference, eager)

@@ -65,19 +65,46 @@ def cases(lq, lk):
             "intervals",
         ),
         "padding clipped": (masks.padding(odd), lambda b, h, i, j, d: j < odd[b], "intervals"),
-        "documents": (masks.documents(q1, k1), lambda b, h, i, j, d: q1[i] == k1[j], "intervals mask"),
-        "documents batched": (masks.documents(q2, k2), lambda b, h, i, j, d: q2[b, i] == k2[b, j], "intervals mask"),
-        "documents crossed": (masks.documents(q1, k2), lambda b, h, i, j, d: q1[i] == k2[b, j], "intervals mask"),
-        "documents mixed": (masks.documents(qm, km), lambda b, h, i, j, d: qm[i] == km[j], "intervals mask"),
+        "documents": (masks.documents(q1, k1), lambda b, h, i, j, d: q1[i] == k1[j], "intervals blocks"),
+        "documents batched": (masks.documents(q2, k2), lambda b, h, i, j, d: q2[b, i] == k2[b, j], "intervals blocks"),
+        "documents crossed": (masks.documents(q1, k2), lambda b, h, i, j, d: q1[i] == k2[b, j], "intervals blocks"),
+        "documents mixed": (masks.documents(qm, km), lambda b, h, i, j, d: qm[i] == km[j], "intervals blocks"),
         "prefix": (masks.prefix(lengths), lambda b, h, i, j, d: d <= 0 or j < lengths[b], "intervals"),
         "dense": (masks.dense(allowed), lambda b, h, i, j, d: allowed[b, 0, i, j], "mask"),
         "dense row": (masks.dense(row), lambda b, h, i, j, d: row[j], "mask"),
         "function": (
             masks.from_function(lambda b, h, i, j: (b + h + i * j) % 3 == 0, lq, lk),
             lambda b, h, i, j, d: (b + h + i * j) % 3 == 0,
-            "mask",
+            "blocks",
+        ),
+        "strided": (masks.strided(3), lambda b, h, i, j, d: -d < 3 or d % 3 == 0, "blocks"),
+        "fixed": (
+            masks.fixed(4, 2),
+            lambda b, h, i, j, d: (j - d) // 4 == j // 4 or j % 4 >= 2,
+            "blocks",
+        ),
+        "rows": (masks.image_rows(2, 3), image(2, 3, lambda r, c, s, e: r == s), "blocks"),
+        "columns": (masks.image_columns(2, 3), image(2, 3, lambda r, c, s, e: c == e), "blocks"),
+        "conv": (
+            masks.image_conv(1, 3, 3),
+            image(1, 3, lambda r, c, s, e: max(abs(r - s), abs(c - e)) <= 1),
+            "blocks",
         ),
     }
+
+
+def image(text, side, near):
+    """The contract's words: every query sees the text, an image query also what is near it and not later."""
+
+    def predicate(b, h, i, j, d):
+        query, key = j - d, j
+        if key < text:
+            return True
+        if query < text or key > query:
+            return False
+        return near(*divmod(query - text, side), *divmod(key - text, side))
+
+    return predicate
 
 
 NAMES = list(cases(3, 3))
@@ -93,6 +120,7 @@ def test_shows(name, lengths):
         "window": (problem.left, problem.right) != (UNBOUNDED, UNBOUNDED),
         "intervals": problem.intervals is not None,
         "mask": problem.mask is not None,
+        "blocks": problem.block_offsets is not None,
     }
     assert {kind for kind, is_used in used.items() if is_used} <= set(primitives.split())
 
@@ -144,12 +172,14 @@ def test_intervals_cost_linear_memory():
 
 def test_documents_stay_intervals_only_where_contiguous():
     ids = torch.tensor([[3, 3, 1, 1, 1, 8], [5, 4, 3, 2, 1, 0], [7, 7, 7, 7, 7, 7]])
-    assert lower(masks.documents(ids)).mask is None
+    assert lower(masks.documents(ids)).block_offsets is None
     ids[1, 5] = 5
     problem = lower(masks.documents(ids))
-    assert problem.intervals is None and problem.mask.shape == (B, 1, 6, 6)
+    assert problem.intervals is None and problem.block_offsets.shape == (B, 1, 2)
     # keys of documents that no query asks for may lie anywhere
-    assert lower(masks.documents(torch.tensor([1, 1, 1, 1, 1, 1]), torch.tensor([0, 1, 1, 0, 2, 0]))).mask is None
+    assert (
+        lower(masks.documents(torch.tensor([1, 1, 1, 1, 1, 1]), torch.tensor([0, 1, 1, 0, 2, 0]))).intervals is not None
+    )
 
 
 def test_documents_where_values_cannot_be_read():
@@ -209,7 +239,11 @@ def test_function_is_called_with_broadcasting_indices():
 
     problem = lower(masks.from_function(fn, 4, 5), 4, 5)
     assert shapes == [(B, 1, 1, 1), (1, H, 1, 1), (1, 1, 4, 1), (1, 1, 1, 5)]
-    assert problem.mask.shape == (1, 1, 4, 5)
+    assert problem.block_offsets.shape == (1, 1, 2)
+    shapes.clear()
+    lower(masks.from_function(fn, 200, 9000), 200, 9000)
+    assert shapes[2::4] == [(1, 1, n, 1) for n in (128, 128, 72, 72)]
+    assert shapes[3::4] == [(1, 1, 1, n) for n in (8192, 808, 8192, 808)]
 
 
 def test_broadcast_masks_take_no_memory():

@@ -8,6 +8,7 @@ shapes to four dimensions, `_autograd` holds the op's derivative and fake kernel
 import functools
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .. import bias as _bias
 from .. import masks as _masks
 from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
 from ..reference.attention import attention as _reference
-from . import _autograd
+from . import _autograd, _passes
 from . import rotary as _rotary
 from ._shapes import four_dims, restore
 
@@ -59,7 +60,7 @@ def attention(
         scale: factor on q.k; None = 1 / sqrt(D).
         enable_gqa: let Hq be a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
         bias: `pyext.bias` object, added to the score after the softcap.
-        mask: `pyext.masks` object.
+        mask: `pyext.masks` object, or a FlexAttention `BlockMask`.
         rotary: `pyext.Rotary`: query and key are rotated by their positions first (in grouped heads each key head
             once).
         softcap: c > 0, or None.
@@ -76,13 +77,13 @@ def attention(
         TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
     Source: Vaswani et al., "Attention is all you need" (2017), eq. 1; arguments and semantics of PyTorch's SDPA.
     """
-    problem, prefix, rotation = _prepare(
+    call = _prepare(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks
     )
-    _check_options(return_lse, generator, deterministic, problem)
-    out, lse = _run("attention", impl, problem, generator, rotation)
-    out = restore(out, prefix)
-    return (out, restore(lse.to(acc_dtype(out.dtype)), prefix)) if return_lse else out
+    _check_options(return_lse, generator, deterministic, call.problem)
+    out, lse = _run("attention", impl, call, generator)
+    out = restore(out, call.prefix)
+    return (out, restore(lse.to(acc_dtype(out.dtype)), call.prefix)) if return_lse else out
 
 
 def varlen_attention(
@@ -129,26 +130,43 @@ def varlen_attention(
         as `attention`; ValueError for biases and masks that need one common score matrix (dense, padding, documents).
     Source: the interface of flash-attn 2 (Dao, 2023).
     """
-    problem, _, rotation = _prepare_varlen(
+    call = _prepare_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
     )  # fmt: skip
-    _check_options(return_lse, generator, deterministic, problem)
-    out, lse = _run("varlen_attention", impl, problem, generator, rotation)
+    _check_options(return_lse, generator, deterministic, call.problem)
+    out, lse = _run("varlen_attention", impl, call, generator)
     out = out[0].transpose(0, 1)
     return (out, lse[0].to(acc_dtype(out.dtype))) if return_lse else out
 
 
-def _run(op: str, impl: str, problem: AttentionProblem, generator, rotation) -> tuple[Tensor, Tensor]:
+class _Call(NamedTuple):
+    """A call, validated and lowered."""
+
+    problem: AttentionProblem  # with passes: without a mask
+    prefix: tuple[int, ...] | None = None  # what the output has before (Lq, Dv), see `_shapes`
+    rotation: _rotary.Rotation | None = None  # of query and key
+    passes: tuple[_passes.Pass, ...] | None = None  # the mask as several runs of the op
+
+
+def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
     """Choose the backend and call it: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), which kernels give in fp64."""
-    if rotation is None:
+    problem = call.problem
+    if call.rotation is None:
         backend = _dispatch.choose(op, impl, problem)
     else:
-        backend = _dispatch.choose(op, impl, (*problem, *rotation.query, *rotation.key))
-        problem = rotation.apply(problem, backend)
+        backend = _dispatch.choose(op, impl, (*problem, *call.rotation.query, *call.rotation.key))
+        problem = call.rotation.apply(problem, backend)
+    run = functools.partial(_on, backend)
+    if call.passes is not None:
+        return _passes.attend(problem, call.passes, run)
     if problem.dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
         problem = problem._replace(seed=seed)
+    return run(problem)
+
+
+def _on(backend: str, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return _reference(problem)
     forward = torch.ops.pyext.attention_forward.default
@@ -168,11 +186,11 @@ def _is_recorded(problem: AttentionProblem) -> bool:
 
 def _prepare(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks
-) -> tuple[AttentionProblem, tuple[int, ...] | None, _rotary.Rotation | None]:
-    """Validate and lower a call of `attention`: (flat problem, output prefix, rotation of query and key)."""
+) -> _Call:
+    """Validate and lower a call of `attention`."""
     query, key, value = _inputs(("query", "key", "value"), query, key, value)
     query, key, value, lead, prefix = four_dims(query, key, value, _checks.flag("enable_gqa", enable_gqa))
-    right = UNBOUNDED
+    right, passes = UNBOUNDED, None
     if _checks.flag("is_causal", is_causal):
         if attn_mask is not None:
             raise ValueError(
@@ -186,16 +204,18 @@ def _prepare(
         sizes = Sizes(lead, query.shape[1], query.shape[2], key.shape[2], device, acc)
         if _is_causal_bias(attn_mask):
             right, attn_mask = _causal_right(attn_mask, sizes), None
-        bias, mask = _absorb_attn_mask(attn_mask, bias, mask)
-        lowered = _lower(bias, mask, sinks, right, sizes)
-    rotation = _rotary.lower(rotary, ("query", "key"), query, key)
-    return _problem(query, key, value, lowered, None, None, scale, softcap, dropout_p), prefix, rotation
+        bias, mask = _absorb_attn_mask(attn_mask, bias, _as_mask(mask))
+        if bias is None:
+            passes = _passes.of(mask, sizes, right, dropout_p)
+        lowered = _lower(bias, None if passes else mask, sinks, right, sizes)
+    problem = _problem(query, key, value, lowered, None, None, scale, softcap, dropout_p)
+    return _Call(problem, prefix, _rotary.lower(rotary, ("query", "key"), query, key), passes)
 
 
 def _prepare_varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     dropout_p, is_causal, scale, enable_gqa, bias, mask, rotary, softcap, sinks,
-) -> tuple[AttentionProblem, None, _rotary.Rotation | None]:  # fmt: skip
+) -> _Call:  # fmt: skip
     """The same for a call of `varlen_attention`."""
     q, k, v = _inputs(("q", "k", "v"), q, k, v)
     _check_packed(q, k, v, _checks.flag("enable_gqa", enable_gqa))
@@ -210,9 +230,9 @@ def _prepare_varlen(
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     right = 0 if _checks.flag("is_causal", is_causal) else UNBOUNDED
     sizes = Sizes((), q.shape[1], q.shape[0], k.shape[0], q.device, acc_dtype(q.dtype), cu_q, cu_k)
-    lowered = _lower(bias, mask, sinks, right, sizes)
-    rotation = _rotary.lower(rotary, ("q", "k"), query, key, cu_q, cu_k)
-    return _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), None, rotation
+    lowered = _lower(bias, _as_mask(mask), sinks, right, sizes)
+    problem = _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p)
+    return _Call(problem, rotation=_rotary.lower(rotary, ("q", "k"), query, key, cu_q, cu_k))
 
 
 def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
@@ -266,7 +286,7 @@ def _absorb_attn_mask(attn_mask, bias, mask):
         return bias, mask
     if _checks.tensor("attn_mask", attn_mask).dtype == torch.bool:
         extra = _masks.Dense(attn_mask, "attn_mask")
-        return bias, extra if mask is None else _instance("mask", mask, _masks.Mask) & extra
+        return bias, extra if mask is None else mask & extra
     if attn_mask.dtype not in _checks.FLOATING:
         raise TypeError(f"attn_mask must be a bool or float tensor, got {attn_mask.dtype}")
     extra = _bias.Dense(attn_mask, "attn_mask")
@@ -287,6 +307,12 @@ def _is_causal_bias(value) -> bool:
     return module is not None and isinstance(value, module.CausalBias)
 
 
+def _as_mask(value) -> _masks.Mask | None:
+    """The argument `mask`; a FlexAttention BlockMask becomes one of ours."""
+    mask = None if value is None else _masks.as_mask(value)
+    return mask if value is None else _instance("mask", value if mask is None else mask, _masks.Mask)
+
+
 def _instance(name: str, value, kind: type):
     if not isinstance(value, kind):
         where = f"pyext.{'masks' if kind is _masks.Mask else 'bias'}"
@@ -298,7 +324,7 @@ def _instance(name: str, value, kind: type):
 def _lower(bias, mask, sinks, right, sizes: Sizes) -> dict:
     """The fields of the flat problem that come from biases, masks and sinks."""
     biases = _bias.Lowered() if bias is None else _instance("bias", bias, _bias.Bias).lower(sizes)
-    visible = _masks.Lowered() if mask is None else _instance("mask", mask, _masks.Mask).lower(sizes)
+    visible = _masks.Lowered() if mask is None else mask.lower(sizes)
     if sinks is not None:
         _checks.floating("sinks", sinks)
         if sinks.dim() != 1 or sinks.shape[0] != sizes.heads:
@@ -358,9 +384,9 @@ def _offsets(name: str, value, packed: Tensor) -> Tensor:
 
 def _explain(prepare, return_lse, generator, deterministic, **call):
     """What `_dispatch.explain` asks of an op: all of a call but running it."""
-    problem, _, rotation = prepare(**call)
-    _check_options(return_lse, generator, deterministic, problem)
-    return problem, None
+    prepared = prepare(**call)
+    _check_options(return_lse, generator, deterministic, prepared.problem)
+    return prepared.problem, None
 
 
 _dispatch.register(attention, functools.partial(_explain, _prepare))

@@ -15,7 +15,7 @@ Sources:
 import torch
 from torch import Tensor
 
-from .._primitives import AttentionProblem, acc_dtype
+from .._primitives import BLOCK, AttentionProblem, acc_dtype
 from .dropout import keep_mask
 
 
@@ -51,9 +51,30 @@ def visibility(problem: AttentionProblem) -> Tensor:
         low, high = problem.intervals[:, None, :, None, :].unbind(-1)  # (B|1, 1, Lq, 1)
         j = torch.arange(problem.key.shape[2], device=distance.device)
         visible = visible & (j >= low) & (j < high)
+    if problem.block_offsets is not None:
+        visible = visible & block_visibility(problem)
     if problem.mask is not None:
         visible = visible & problem.mask
     return visible
+
+
+def block_visibility(problem: AttentionProblem) -> Tensor:
+    """The block table as bool (B|1, Hq|1, Lq, Lk): every block is looked up, then the blocks are laid side by side."""
+    offsets, index, bits = problem.block_offsets, problem.block_index, problem.block_bits
+    queries, keys = problem.query.shape[2], problem.key.shape[2]
+    entry = torch.arange(index.shape[0], device=bits.device)
+    of_row = (entry >= offsets[..., :-1, None]) & (entry < offsets[..., 1:, None])  # (B|1, Hq|1, rows, entries)
+    columns = torch.arange((keys + BLOCK - 1) // BLOCK, device=bits.device)
+    of_column = index[:, 0, None] == columns  # (entries, columns)
+    # Bit c % 8 of byte c // 8 is key c. Two more patterns, for full blocks and for blocks that are not listed.
+    bit = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    pattern = (((bits[..., None] >> bit) & 1) == 1).flatten(-2)
+    pattern = torch.cat([pattern, pattern.new_ones(1, BLOCK, BLOCK), pattern.new_zeros(1, BLOCK, BLOCK)])
+    full, absent = bits.shape[0], bits.shape[0] + 1
+    row = torch.where(index[:, 1] < 0, full, index[:, 1]).to(torch.int64)
+    listed = of_row.to(torch.int64) @ (of_column * (row[:, None] + 1))  # one entry at most per block: row + 1, or 0
+    block = pattern[torch.where(listed > 0, listed - 1, absent)]  # (B|1, Hq|1, rows, columns, BLOCK, BLOCK)
+    return block.transpose(-3, -2).flatten(-4, -3).flatten(-2)[..., :queries, :keys]
 
 
 def scores(problem: AttentionProblem) -> Tensor:

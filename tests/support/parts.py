@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -71,8 +72,10 @@ def part(function) -> Callable[..., Part]:
     @functools.wraps(function)
     def named(*args, **kwargs):
         bound = functools.partial(lambda context, a, k: function(context, *a, **k), a=args, k=kwargs)
-        inner = [str(a).replace(" ", "") for a in args] + [f"{k}={v}".replace(" ", "") for k, v in kwargs.items()]
-        bound.label = function.__name__ + (f"({','.join(inner)})" if inner else "")
+        inner = [getattr(a, "label", str(a)).replace(" ", "") for a in args] + [
+            f"{k}={v}".replace(" ", "") for k, v in kwargs.items()
+        ]
+        bound.label = function.__name__ + (f"({','.join(inner)})".replace(" ", "") if inner else "")
         return bound
 
     del named.__wrapped__  # its signature has the context, which callers of `named` do not pass
@@ -181,6 +184,93 @@ def prefix(c: Context, lengths=None) -> Term:
     allowed = torch.arange(s.lk).view(1, 1, 1, -1) < lengths.view(-1, 1, 1, 1)
     allowed = allowed | (oracle.distance(s.lq, s.lk) <= 0)
     return Term("mask", lambda _: _pyext().masks.prefix(lengths), allowed=allowed)
+
+
+def _positions(s: Shape) -> tuple[Tensor, Tensor]:
+    """(Lq, 1) and (1, Lk): where queries and keys stand; the last query stands at the last key."""
+    return torch.arange(s.lq).view(-1, 1) + s.lk - s.lq, torch.arange(s.lk).view(1, -1)
+
+
+@part
+def strided(c: Context, stride: int) -> Term:
+    i, j = _positions(c.shape)
+    back = i - j
+    return Term(
+        "mask", lambda _: _pyext().masks.strided(stride), allowed=(back < stride) | (back.remainder(stride) == 0)
+    )
+
+
+@part
+def fixed(c: Context, stride: int, summary: int = 1) -> Term:
+    i, j = _positions(c.shape)
+    own = torch.div(i, stride, rounding_mode="floor") == torch.div(j, stride, rounding_mode="floor")
+    allowed = own | (j.remainder(stride) >= stride - summary)
+    return Term("mask", lambda _: _pyext().masks.fixed(stride, summary), allowed=allowed)
+
+
+@part
+def image(c: Context, kind: str, text: int, side: int, kernel: int = 3) -> Term:
+    """kind: rows, columns or conv."""
+    i, j = _positions(c.shape)
+    row_i, column_i = torch.div(i - text, side, rounding_mode="floor"), (i - text).remainder(side)
+    row_j, column_j = torch.div(j - text, side, rounding_mode="floor"), (j - text).remainder(side)
+    near = {
+        "rows": row_i == row_j,
+        "columns": column_i == column_j,
+        "conv": torch.maximum((row_i - row_j).abs(), (column_i - column_j).abs()) <= kernel // 2,
+    }[kind]
+    allowed = (j < text) | ((i >= text) & (j >= text) & (j <= i) & near)
+    more = (kernel,) if kind == "conv" else ()
+    return Term("mask", lambda _: getattr(_pyext().masks, f"image_{kind}")(text, side, *more), allowed=allowed)
+
+
+@part
+def permutation(c: Context, batched=False, exclude_self=False) -> Term:
+    """Needs Lq <= Lk."""
+    s = c.shape
+    order = torch.rand(s.b if batched else 1, s.lk, generator=c.generator).argsort(-1)
+    rank = torch.zeros_like(order).scatter_(-1, order, torch.arange(s.lk).expand_as(order))
+    own, every = rank[:, s.lk - s.lq :, None], rank[:, None, :]
+    allowed = (every < own if exclude_self else every <= own).unsqueeze(1)
+    order = order if batched else order[0]
+    return Term("mask", lambda _: _pyext().masks.permutation(order, exclude_self), allowed=allowed)
+
+
+@part
+def function(c: Context, which="bhqk", density=0.6) -> Term:
+    """from_function of a random table: it depends on what `which` names, as in dense_mask."""
+    s = c.shape
+    table = c.bernoulli(density, *_broadcast_size(s, which))
+
+    def fn(b, h, i, j):
+        return table[tuple(x if n != 1 else 0 for x, n in zip((b, h, i, j), table.shape))]
+
+    return Term("mask", lambda _: _pyext().masks.from_function(fn, s.lq, s.lk), allowed=table)
+
+
+@part
+def block_mask(c: Context, size: int | tuple[int, int] = 128, batch=False, heads=False) -> Term:
+    """FlexAttention's own object, with empty, partial and full blocks; batch, heads: whether these matter."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    s = c.shape
+
+    def fn(b, h, i, j):
+        return (j <= i + (5 * b if batch else 0)) | ((i + 2 * j + (h if heads else 0)) % 7 == 0) & (j < i + 100)
+
+    b = torch.arange(s.b if batch else 1).view(-1, 1, 1, 1)
+    h = torch.arange(s.hq if heads else 1).view(1, -1, 1, 1)
+    allowed = fn(b, h, torch.arange(s.lq).view(-1, 1), torch.arange(s.lk))
+    made = create_block_mask(fn, s.b if batch else None, s.hq if heads else None, s.lq, s.lk, "cpu", size)
+    return Term("mask", lambda _: made, allowed=allowed)
+
+
+@part
+def union(c: Context, *parts: Part) -> Term:
+    """`|` of masks."""
+    terms = [make(c) for make in parts]
+    allowed = functools.reduce(operator.or_, (term.allowed for term in terms))
+    return Term("mask", lambda _: functools.reduce(operator.or_, (term.build({}) for term in terms)), allowed=allowed)
 
 
 def _bool_mask(c: Context, which: str, density: float) -> Tensor:

@@ -1,135 +1,22 @@
-"""Masks: which keys a query may attend to. Small value objects; combine them with `&` and `|`.
+"""Masks of one range of keys per query (a window, or intervals), and dense ones."""
 
-    out = pyext.attention(q, k, v, mask=pyext.masks.causal() & pyext.masks.padding(lengths))
-
-Positions: distance = j - (i + Lk - Lq), so the last query stands at the last key. A query that sees no key gives
-output 0, LSE -inf and gradient 0.
-
-Each mask has a predicate `visible` (its specification) and a lowering to the primitives of `AttentionProblem`: a
-closed form -left <= distance <= right, one interval of keys per query, or, where no interval expresses it, a dense
-bool tensor. `&` keeps closed forms and intervals, whose kernels skip all blocks outside of them.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._primitives import UNBOUNDED, Sizes
+from .. import _checks
+from .._primitives import UNBOUNDED, Sizes
+from . import _tables
+from ._base import Lowered, Mask, not_packed
 
 
-class Lowered(NamedTuple):
-    """The primitives a mask lowers to, all of which must allow a key; see `AttentionProblem` for their shapes."""
-
-    left: int = UNBOUNDED
-    right: int = UNBOUNDED
-    intervals: Tensor | None = None
-    mask: Tensor | None = None
-
-    def meet(self, other: "Lowered") -> "Lowered":
-        """What both allow."""
-        return Lowered(
-            min(self.left, other.left),
-            min(self.right, other.right),
-            _meet(self.intervals, other.intervals, _intersect),
-            _meet(self.mask, other.mask, torch.logical_and),
-        )
-
-
-def _meet(a: Tensor | None, b: Tensor | None, both: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return both(a, b)
-
-
-def _intersect(a: Tensor, b: Tensor) -> Tensor:
-    low = torch.maximum(a[..., 0], b[..., 0])
-    return torch.stack((low, torch.minimum(a[..., 1], b[..., 1])), dim=-1)
-
-
-class Mask:
-    """Base of all masks. `a & b`: keys that both allow. `a | b`: keys that either allows."""
-
-    label: ClassVar[str] = "mask"  # how error messages call it
-
-    def __and__(self, other: "Mask") -> "Mask":
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
-
-    def __or__(self, other: "Mask") -> "Mask":
-        """Lowers to a dense bool tensor of O(Lq Lk) memory: a union of intervals is not an interval."""
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
-
-    def visible(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, sizes: Sizes) -> Tensor:
-        """Whether query i of head h of batch row b may attend to key j.
-
-        Elementwise over index tensors that broadcast; bool. In a packed call b is the sequence, and i, j, sizes.queries
-        and sizes.keys are local to it.
-        """
-        raise TypeError(f"{type(self).__name__} does not define visible()")
-
-    def lower(self, sizes: Sizes) -> Lowered:
-        """The primitives of this mask for a call of these sizes; raises ValueError where its tensors do not fit them.
-
-        Here: the dense bool tensor that `visible` describes.
-        """
-        if sizes.varlen:
-            raise ValueError(_not_packed(self.label))
-        return Lowered(mask=_materialize(self, sizes))
-
-
-def _materialize(mask: Mask, sizes: Sizes) -> Tensor:
-    """The predicate as bool (B|1, Hq|1, Lq|1, Lk)."""
-    lengths = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
-    index = [
-        torch.arange(length, device=sizes.device).view([-1 if d == dim else 1 for d in range(4)])
-        for dim, length in enumerate(lengths)
-    ]
-    visible = mask.visible(*index, sizes)
-    return _checks.broadcastable(mask.label, visible, (sizes.batch,), *lengths[1:])
-
-
-def _not_packed(name: str) -> str:
-    return (
-        f"{name}: not available in varlen_attention, whose cu_seqlens already separate the sequences and leave no "
-        "padding: use masks.causal, masks.window and masks.prefix there, or pyext.attention on padded tensors"
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class And(Mask):
-    """See `Mask.__and__`."""
-
-    label = "masks combined with &"
-    first: Mask
-    second: Mask
-
-    def visible(self, b, h, i, j, sizes):
-        return self.first.visible(b, h, i, j, sizes) & self.second.visible(b, h, i, j, sizes)
-
-    def lower(self, sizes):
-        return self.first.lower(sizes).meet(self.second.lower(sizes))
-
-
-@dataclass(frozen=True, eq=False)
-class Or(Mask):
-    """See `Mask.__or__`."""
-
-    label = "masks combined with |"
-    first: Mask
-    second: Mask
-
-    def visible(self, b, h, i, j, sizes):
-        return self.first.visible(b, h, i, j, sizes) | self.second.visible(b, h, i, j, sizes)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Window(Mask):
     """See `window` and `causal`."""
 
     label = "masks.window"
+    closed = True
     left: int | None
     right: int | None
 
@@ -139,12 +26,15 @@ class Window(Mask):
                 _checks.length(f"masks.window {name}", value, " or None (unbounded)")
 
     def visible(self, b, h, i, j, sizes):
-        distance = j - (i + sizes.keys - sizes.queries)
+        i = i + (sizes.keys - sizes.queries)
         low, high = self._limits()
-        return (distance >= -low) & (distance <= high)
+        return (j >= i - low) & (j <= i + high)  # rather than their difference, which takes Lq x Lk integers
 
     def lower(self, sizes):
         return Lowered(*self._limits())
+
+    def kinds(self, sizes):
+        return _tables.differences(sizes)
 
     def _limits(self):
         return (UNBOUNDED if self.left is None else self.left, UNBOUNDED if self.right is None else self.right)
@@ -169,7 +59,7 @@ class Padding(Mask):
 
     def lower(self, sizes):
         if sizes.varlen:
-            raise ValueError(_not_packed(self.label))
+            raise ValueError(not_packed(self.label))
         high = _per_batch("masks.padding key_lengths", self.key_lengths, sizes)
         if self.query_lengths is None:
             high = high.expand(sizes.batch, sizes.queries)
@@ -197,11 +87,11 @@ class Documents(Mask):
 
     @staticmethod
     def _at(ids, b, position):
-        return ids[position] if ids.dim() == 1 else ids[b if ids.shape[0] > 1 else 0, position]
+        return ids[position] if ids.dim() == 1 else ids[b if ids.shape[0] != 1 else 0, position]
 
     def lower(self, sizes):
         if sizes.varlen:
-            raise ValueError(_not_packed(self.label))
+            raise ValueError(not_packed(self.label))
         ids_q = self._ids("ids_q", self.ids_q, sizes.queries, sizes)
         ids_k = self._ids("ids_k", self.ids_k, sizes.keys, sizes)
         if sizes.keys == 0:
@@ -212,7 +102,7 @@ class Documents(Mask):
             message = "masks.documents: keys with equal ids must be contiguous here, use masks.dense(ids_q == ids_k)"
             torch._assert_async(contiguous.all(), message)
         elif not contiguous.all():
-            return Lowered(mask=_materialize(self, sizes))
+            return super().lower(sizes)
         return Lowered(intervals=_intervals(low, high, sizes))
 
     def _ids(self, name, ids, length, sizes):
@@ -282,42 +172,17 @@ class Dense(Mask):
 
     def visible(self, b, h, i, j, sizes):
         view = self._view(sizes)
-        b, h, i = (x if size > 1 else 0 for x, size in zip((b, h, i), view.shape[:3], strict=True))
+        b, h, i = (x if size != 1 else 0 for x, size in zip((b, h, i), view.shape[:3], strict=True))
         return view[b, h, i, j]
 
     def lower(self, sizes):
         if sizes.varlen:
-            raise ValueError(_not_packed(self.label))
+            raise ValueError(not_packed(self.label))
         return Lowered(mask=self._view(sizes))
 
     def _view(self, sizes):
         _checks.same_device(self.name, self.values, sizes.device)
         return _checks.broadcastable(self.name, self.values, sizes.lead, sizes.heads, sizes.queries, sizes.keys)
-
-
-@dataclass(frozen=True, eq=False)
-class Function(Mask):
-    """See `from_function`."""
-
-    label = "masks.from_function"
-    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    queries: int
-    keys: int
-
-    def __post_init__(self):
-        if not callable(self.function):
-            raise TypeError(f"masks.from_function fn must be callable, got {type(self.function).__name__}")
-        _checks.length("masks.from_function Lq", self.queries)
-        _checks.length("masks.from_function Lk", self.keys)
-
-    def visible(self, b, h, i, j, sizes):
-        return _checks.boolean("the result of masks.from_function's fn", self.function(b, h, i, j))
-
-    def lower(self, sizes):
-        if (self.queries, self.keys) != (sizes.queries, sizes.keys):
-            made, came = (self.queries, self.keys), (sizes.queries, sizes.keys)
-            raise ValueError(f"masks.from_function was made for (Lq, Lk) = {made}, got query and key with {came}")
-        return super().lower(sizes)
 
 
 def _vector(name: str, value: Tensor) -> None:
@@ -374,8 +239,8 @@ def padding(key_lengths: Tensor, query_lengths: Tensor | None = None) -> Mask:
 def documents(ids_q: Tensor, ids_k: Tensor | None = None) -> Mask:
     """Keys of the query's own document: ids_q[b, i] == ids_k[b, j] (packed sequences).
 
-    Where the keys of each document are contiguous the mask is one interval per query, elsewhere a dense bool tensor.
-    That choice looks at the values; under `torch.compile` and off the CPU, where looking would break the graph or
+    Where the keys of each document are contiguous the mask is one interval per query, elsewhere a block table. That
+    choice looks at the values; under `torch.compile` and off the CPU, where looking would break the graph or
     synchronise, contiguous keys are taken for granted and asserted.
 
     Args:
@@ -410,16 +275,3 @@ def dense(values: Tensor) -> Mask:
         TypeError for other dtypes; ValueError at the call if it does not broadcast.
     """
     return Dense(values)
-
-
-def from_function(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], Lq: int, Lk: int) -> Mask:
-    """Keys where fn(b, h, i, j) is True.
-
-    Args:
-        fn: called once per attention call with int64 index tensors b (B, 1, 1, 1), h (1, Hq, 1, 1), i (1, 1, Lq, 1) and
-            j (1, 1, 1, Lk); returns a bool tensor that broadcasts to (B, Hq, Lq, Lk), which the mask lowers to.
-        Lq, Lk: the lengths fn is meant for.
-    Raises:
-        TypeError if fn is not callable or returns another dtype, ValueError for other lengths at the call.
-    """
-    return Function(fn, Lq, Lk)

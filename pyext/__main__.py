@@ -102,13 +102,13 @@ def _attend(case: Case, leaves: dict[str, Tensor], impl: str) -> tuple[Tensor, T
         turn = functools.partial(pyext.rotary, interleaved=rotary.interleaved, impl="reference")
         qkv[:2] = [turn(x, rotary.cos, rotary.sin) for x in qkv[:2]]
     if not case.packed:
-        return _eager(_dispatch.lower(pyext.attention, *qkv, **options)[0])
+        return _eager(_dispatch.lower(pyext.attention, *qkv, **options))
     del options["cu_seqlens_q"], options["cu_seqlens_k"]
     parts = []
     for n in range(len(OFFSETS_Q) - 1):
         rows, cols = slice(OFFSETS_Q[n], OFFSETS_Q[n + 1]), slice(OFFSETS_K[n], OFFSETS_K[n + 1])
         q, k, v = (x[part].transpose(0, 1)[None] for x, part in zip(qkv, (rows, cols, cols), strict=True))
-        parts.append(_eager(_dispatch.lower(pyext.attention, q, k, v, **options)[0]))
+        parts.append(_eager(_dispatch.lower(pyext.attention, q, k, v, **options)))
     return torch.cat([out[0].transpose(0, 1) for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=-1)
 
 

@@ -58,24 +58,22 @@ BACKENDS: tuple[tuple[str, Callable[[str, tuple], str | None]], ...] = (
 NAMES = tuple(name for name, _ in BACKENDS)
 
 
-def choose(op: str, impl: str, problem: tuple, unsupported: str | None = None) -> str:
+def choose(op: str, impl: str, problem: tuple) -> str:
     """The name of the backend that computes this call.
 
     Args:
         op: name of the op, for messages.
         impl: "auto", or one of `NAMES` to force it.
         problem: the flat problem.
-        unsupported: an argument of the call that no backend implements.
     Raises:
         NotImplementedError listing each backend and why it refuses, if the forced one (or every one) does.
         ValueError if impl is no such name.
     """
-    if unsupported is None:
-        for name, refuse in BACKENDS:
-            if (impl == "auto" or impl == name) and refuse(op, problem) is None:
-                return name
+    for name, refuse in BACKENDS:
+        if (impl == "auto" or impl == name) and refuse(op, problem) is None:
+            return name
     check_impl(impl)
-    refusals = _refusals(op, problem, unsupported)
+    refusals = _refusals(op, problem)
     rows = "".join(f"\n  {name}: {why or 'accepts'}" for name, why in refusals.items())
     what = "no backend accepts this call" if impl == "auto" else f"impl={impl!r} refuses this call"
     raise NotImplementedError(f"pyext.{op}: {what}{rows}")
@@ -86,9 +84,7 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(map(repr, ('auto', *NAMES)))}, got {impl!r}")
 
 
-def _refusals(op: str, problem: tuple, unsupported: str | None) -> dict[str, str | None]:
-    if unsupported is not None:
-        return {name: f"{unsupported} is not implemented by backend {name}" for name in NAMES}
+def _refusals(op: str, problem: tuple) -> dict[str, str | None]:
     return {name: refuse(op, problem) for name, refuse in BACKENDS}
 
 
@@ -118,7 +114,7 @@ class Explanation(Mapping):
 
 class _Op(NamedTuple):
     function: Callable
-    prepare: Callable  # the op's arguments (all but impl) as keywords -> (flat problem, unsupported argument or None)
+    prepare: Callable  # the op's arguments (all but impl) as keywords -> the flat problem
 
 
 _OPS: dict[str, _Op] = {}
@@ -143,13 +139,13 @@ def explain(op: Callable | str, *args, **kwargs) -> Explanation:
     Raises:
         what the call itself would raise for bad arguments; ValueError for an unknown op.
     """
-    problem, unsupported = lower(op, *args, **kwargs)
+    problem = lower(op, *args, **kwargs)
     name = op if isinstance(op, str) else op.__name__
-    return Explanation(name, _refusals(name, problem, unsupported))
+    return Explanation(name, _refusals(name, problem))
 
 
-def lower(op: Callable | str, *args, **kwargs) -> tuple[tuple, str | None]:
-    """The flat problem of a call, and an argument of it that no backend implements (or None). See `explain`."""
+def lower(op: Callable | str, *args, **kwargs) -> tuple:
+    """The flat problem of a call. See `explain`."""
     entry = _OPS.get(op if isinstance(op, str) else getattr(op, "__name__", ""))
     if entry is None or not (isinstance(op, str) or op is entry.function):
         raise ValueError(f"op must be a pyext op or one of {', '.join(map(repr, _OPS))}, got {op!r}")

@@ -21,7 +21,7 @@ LENGTHS = [(1, 1), (7, 7), (5, 9), (9, 5), (1, 300), (300, 1), (130, 257), (0, 4
 def lower(bias, heads=3, lq=5, lk=9, batch=2, dtype=torch.float64, **options):
     """The flat problem of a call with this bias and with queries of 0, so that its scores are the bias alone."""
     query, key = torch.zeros(batch, heads, lq, 4, dtype=dtype), torch.zeros(batch, heads, lk, 4, dtype=dtype)
-    return _dispatch.lower(pyext.attention, query, key, key, bias=bias, **options)[0]
+    return _dispatch.lower(pyext.attention, query, key, key, bias=bias, **options)
 
 
 def bias_scores(bias, **call):

@@ -20,7 +20,7 @@ LENGTHS = [(1, 1), (6, 6), (4, 9), (9, 4), (1, 13), (13, 1), (0, 3), (3, 0), (0,
 def lower(mask, lq=6, lk=6, batch=B, **options):
     """The flat problem of a call with this mask."""
     query, key = torch.zeros(batch, H, lq, 4), torch.zeros(batch, H, lk, 4)
-    return _dispatch.lower(pyext.attention, query, key, key, mask=mask, **options)[0]
+    return _dispatch.lower(pyext.attention, query, key, key, mask=mask, **options)
 
 
 def seen(mask, lq, lk, **options):
@@ -188,7 +188,7 @@ def test_documents_where_values_cannot_be_read():
         pyext.attention,
         *(torch.zeros(B, H, 6, 4, device="meta") for _ in range(3)),
         mask=masks.documents(torch.zeros(6, dtype=torch.long, device="meta")),
-    )[0]
+    )
     assert problem.mask is None and problem.intervals.device.type == "meta"
     with FakeTensorMode():
         assert lower(masks.documents(torch.tensor([0, 0, 1, 1, 2, 2]))).mask is None
@@ -212,10 +212,10 @@ def test_batch_counts_all_leading_dimensions():
     """(2, 3, H, L, D) has a batch of 6 for per-batch masks, while dense ones keep the caller's dimensions."""
     lengths, allowed = torch.tensor([6, 5, 4, 3, 2, 1]), torch.rand(2, 1, 1, 6, 6) < 0.5
     q = torch.zeros(2, 3, H, 6, 4)
-    problem = _dispatch.lower(pyext.attention, q, q, q, mask=masks.padding(lengths) & masks.dense(allowed))[0]
+    problem = _dispatch.lower(pyext.attention, q, q, q, mask=masks.padding(lengths) & masks.dense(allowed))
     wanted = (torch.arange(6) < lengths.view(2, 3, 1, 1, 1)) & allowed
     assert torch.equal(visibility(problem).expand(6, H, 6, 6), wanted.expand(2, 3, H, 6, 6).flatten(0, 1))
-    union = _dispatch.lower(pyext.attention, q, q, q, mask=masks.padding(lengths) | masks.dense(allowed))[0]
+    union = _dispatch.lower(pyext.attention, q, q, q, mask=masks.padding(lengths) | masks.dense(allowed))
     wanted = (torch.arange(6) < lengths.view(2, 3, 1, 1, 1)) | allowed
     assert torch.equal(visibility(union).expand(6, H, 6, 6), wanted.expand(2, 3, H, 6, 6).flatten(0, 1))
 

@@ -386,7 +386,7 @@ def _explain(prepare, return_lse, generator, deterministic, **call):
     """What `_dispatch.explain` asks of an op: all of a call but running it."""
     prepared = prepare(**call)
     _check_options(return_lse, generator, deterministic, prepared.problem)
-    return prepared.problem, None
+    return prepared.problem
 
 
 _dispatch.register(attention, functools.partial(_explain, _prepare))

@@ -286,10 +286,6 @@ def _register() -> None:
         _library.impl(name, function.apply, "Autograd", with_keyset=True)
 
 
-def _explain(**call) -> tuple[RotaryProblem, None]:
-    return _prepare(**call), None
-
-
-_dispatch.register(rotary, _explain)
+_dispatch.register(rotary, _prepare)
 if _native.available():
     _register()

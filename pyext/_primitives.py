@@ -21,20 +21,40 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Sizes(NamedTuple):
-    """The sizes of one call, which biases and masks lower against.
+    """The call that biases and masks lower against.
 
-    In a packed (varlen) call `lead` is empty, `queries` and `keys` are the totals over all sequences, and
-    `cu_seqlens_q` and `cu_seqlens_k` say where each sequence starts.
+    In a packed (varlen) call `lead` is empty, the query and the key hold all sequences one after the other, and
+    `cu_seqlens_q` and `cu_seqlens_k` say where each starts.
     """
 
     lead: tuple[int, ...]  # leading batch dimensions, as the caller sees them
-    heads: int  # query heads
-    queries: int
-    keys: int
-    device: torch.device
-    acc: torch.dtype
+    query: Tensor  # (B, Hq, Lq, D)
+    key: Tensor  # (B, Hkv, Lk, D)
+    scale: float
+    softcap: float  # 0 = off
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.query.shape[1]
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def acc(self) -> torch.dtype:
+        return acc_dtype(self.query.dtype)
 
     @property
     def batch(self) -> int:

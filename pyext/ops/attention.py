@@ -117,14 +117,15 @@ def varlen_attention(
         cu_seqlens_q, cu_seqlens_k: (N + 1,) integers from 0 to the total, not decreasing.
         max_seqlen_q, max_seqlen_k: accepted for flash-attn's callers; nothing depends on them.
         is_causal: lower-right aligned within each sequence, as in flash-attn (not upper-left as in `attention`).
-        bias: alibi, t5, their sums, or a diagonal with values (H, total_q + total_k - 1), distance 0 at index
-            total_k - 1.
+        bias: alibi, t5, transformer_xl, shaw, disentangled (without a batch), their sums, or a diagonal with values
+            (H, total_q + total_k - 1), distance 0 at index total_k - 1.
         mask: causal, window, prefix (one length per sequence) and their intersections.
         The others as in `attention`.
     Returns:
         out (total_q, Hq, Dv); with `return_lse` also lse (Hq, total_q), fp32 (fp64 for fp64).
     Raises:
-        as `attention`; ValueError for biases and masks that need one common score matrix (dense, padding, documents).
+        as `attention`; ValueError for biases and masks that need one common score matrix (dense, segment, padding,
+        documents).
     Source: the interface of flash-attn 2 (Dao, 2023).
     """
     problem, _, unsupported = _prepare_varlen(
@@ -173,11 +174,11 @@ def _prepare(
                 "attn_mask must be None with is_causal=True (to combine them pass mask=pyext.masks.causal())"
             )
         right = query.shape[2] - key.shape[2]
+    scale, softcap = _factors(scale, softcap, query.shape[3])
     if attn_mask is None and bias is None and mask is None and sinks is None:
         lowered = {"right": right}
     else:
-        device, acc = query.device, acc_dtype(query.dtype)
-        sizes = Sizes(lead, query.shape[1], query.shape[2], key.shape[2], device, acc)
+        sizes = Sizes(lead, query, key, scale, softcap)
         if _is_causal_bias(attn_mask):
             right, attn_mask = _causal_right(attn_mask, sizes), None
         bias, mask = _absorb_attn_mask(attn_mask, bias, mask)
@@ -202,25 +203,30 @@ def _prepare_varlen(
             _checks.length(name, value)
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     right = 0 if _checks.flag("is_causal", is_causal) else UNBOUNDED
-    sizes = Sizes((), q.shape[1], q.shape[0], k.shape[0], q.device, acc_dtype(q.dtype), cu_q, cu_k)
-    lowered = _lower(bias, mask, sinks, right, sizes)
+    scale, softcap = _factors(scale, softcap, q.shape[2])
+    lowered = _lower(bias, mask, sinks, right, Sizes((), query, key, scale, softcap, cu_q, cu_k))
     return _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), None, _unsupported(rotary)
 
 
-def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
-    """Check the numbers and put the flat problem together."""
+def _factors(scale, softcap, width: int) -> tuple[float, float]:
+    """`scale` and `softcap` of the flat problem."""
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[3]) if query.shape[3] else 1.0
+        scale = 1.0 / math.sqrt(width) if width else 1.0
     else:
         scale = float(_checks.real("scale", scale))
     if softcap is None:
         softcap = 0.0
     elif _checks.real("softcap", softcap) <= 0:
         raise ValueError(f"softcap must be positive (or None), got {softcap}")
+    return scale, float(softcap)
+
+
+def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
+    """Put the flat problem together; a bias may have replaced the query."""
     if dropout_p != 0.0:
         dropout_p = _checks.probability("dropout_p", dropout_p)
     return AttentionProblem(
-        query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale, softcap=float(softcap),
+        lowered.pop("query", query), key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale, softcap=softcap,
         dropout_p=float(dropout_p), **lowered,
     )  # fmt: skip
 
@@ -289,7 +295,7 @@ def _instance(name: str, value, kind: type):
 
 def _lower(bias, mask, sinks, right, sizes: Sizes) -> dict:
     """The fields of the flat problem that come from biases, masks and sinks."""
-    biases = _bias.Lowered() if bias is None else _instance("bias", bias, _bias.Bias).lower(sizes)
+    biases = {} if bias is None else _instance("bias", bias, _bias.Bias).lower(sizes).fields(sizes)
     visible = _masks.Lowered() if mask is None else _instance("mask", mask, _masks.Mask).lower(sizes)
     if sinks is not None:
         _checks.floating("sinks", sinks)
@@ -297,7 +303,7 @@ def _lower(bias, mask, sinks, right, sizes: Sizes) -> dict:
             raise _checks.shape_error("sinks", f"({sizes.heads},)", "to match query", sinks)
         _checks.same_device("sinks", sinks, sizes.device)
         sinks = sinks.to(sizes.acc)
-    return {**biases._asdict(), **visible._asdict(), "sinks": sinks, "right": min(right, visible.right)}
+    return {**biases, **visible._asdict(), "sinks": sinks, "right": min(right, visible.right)}
 
 
 def _unsupported(rotary) -> str | None:

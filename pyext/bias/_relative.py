@@ -92,7 +92,7 @@ class Shaw(Bias):
         rows = 2 * _checks.length("bias.shaw max_distance", self.max_distance) + 1
         rel_key = _checks.floating("bias.shaw rel_key", self.rel_key)
         if rel_key.dim() not in (2, 3) or rel_key.shape[-2] != rows:
-            expected = f"({rows}, D) or (H, {rows}, D), that is 2 * max_distance + 1 rows,"
+            expected = f"({rows}, D) or (H, {rows}, D), that is 2 * max_distance + 1 rows"
             raise _checks.shape_error("bias.shaw rel_key", expected, "", rel_key)
 
     def lower(self, sizes: Sizes) -> Lowered:

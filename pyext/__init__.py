@@ -7,9 +7,9 @@
 """
 
 from . import _native as _native  # first: its warning points at whoever imports this package
-from . import bias, masks
+from . import bias, masks, nn
 from ._dispatch import explain
 from .ops.attention import attention, varlen_attention
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attention", "bias", "explain", "masks", "varlen_attention"]
+__all__ = ["__version__", "attention", "bias", "explain", "masks", "nn", "varlen_attention"]

@@ -1,1 +1,8 @@
-"""Modules built on the ops: position tables and whole attention layers of published models."""
+"""Modules: what models are built with."""
+
+from .deberta import DisentangledAttention as DisentangledAttention
+from .multihead import MultiheadAttention as MultiheadAttention
+from .positions import ALiBi as ALiBi
+from .positions import T5Bias as T5Bias
+from .transformer_xl import TransformerXLAttention as TransformerXLAttention
+from .xlnet import XLNetAttention as XLNetAttention

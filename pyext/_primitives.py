@@ -75,6 +75,11 @@ class Sizes(NamedTuple):
         """Length of a diagonal strip: one value per distance from -(Lk - 1) to Lq - 1."""
         return max(self.queries + self.keys - 1, 0)
 
+    @property
+    def distances(self) -> Tensor:
+        """The distance that each position of a strip stands for, int64 (Lq + Lk - 1,)."""
+        return torch.arange(self.strip, device=self.device) - (self.keys - 1)
+
 
 class AttentionProblem(NamedTuple):
     """Attention with every structured bias and mask lowered.

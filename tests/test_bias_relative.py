@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -515,6 +517,33 @@ def test_empty_calls_train(name, lengths, backend):
     offsets = [torch.tensor([0, n]) for n in lengths]
     q, k = (x.detach()[0].transpose(0, 1) for x in (q, k))
     on_backend(pyext.varlen_attention, backend.impl, q, k, k, *offsets, bias=make(*leaves)).sum().backward()
+
+
+def test_u_outside_of_the_softcap_is_full_precision_under_autocast():
+    query, key = inputs(dtype=torch.float32, heads=4, kv_heads=2)
+    u = normal(4, 4, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        problem = lower(XL(ONES(13, 4, 4), u), query, key, softcap=2.0)
+    wanted = torch.einsum("hd,bhjd->bhj", u.double(), key.bfloat16().double().repeat_interleave(2, 1)) / 2.0
+    assert problem.dense.dtype == torch.float32
+    torch.testing.assert_close(problem.dense[:, :, 0].double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_scheme_of_the_docs(backend):
+    """The ten lines of docs/positions.md run and mean what they say."""
+    text = (Path(__file__).parents[1] / "docs" / "positions.md").read_text()
+    names = {"__name__": "docs"}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    p, a = normal(3), normal(3)
+    query, key = inputs(lq=7, lk=11)
+    bias = names["Kerple"](p.exp(), a.exp())
+    distance = oracle.distance(7, 11).abs()
+    wanted = -p.exp().view(3, 1, 1) * torch.log(1 + a.exp().view(3, 1, 1) * distance)
+    torch.testing.assert_close(
+        added(bias + pyext.bias.t5(torch.zeros(32, 3), True), query, key), wanted.expand(2, 3, 7, 11)
+    )
+    out = pyext.attention(query, key, key, bias=bias, mask=pyext.masks.causal(), impl=backend.impl)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (p, a)))
 
 
 def test_no_heads(backend):

@@ -8,7 +8,7 @@ Positions: distance = j - (i + Lk - Lq), so the last query stands at the last ke
 A bias lowers to the primitives of `AttentionProblem` with ordinary differentiable torch ops; `Lowered` says to which.
 """
 
-from ._base import Bias, Lowered
+from ._base import Bias, Lowered, Rule
 from ._distance import Dense, alibi, dense, diagonal, t5, t5_bucket
 from ._relative import deberta_bucket, disentangled, segment, shaw, transformer_xl
 
@@ -16,6 +16,7 @@ __all__ = [
     "Bias",
     "Dense",
     "Lowered",
+    "Rule",
     "alibi",
     "deberta_bucket",
     "dense",

@@ -63,7 +63,7 @@ class Alibi(Bias):
 
     def lower(self, sizes: Sizes) -> Lowered:
         check_heads("bias.alibi slopes", self.slopes, 0, f"({sizes.heads},)", sizes)
-        distance = _strip_distances(sizes).to(sizes.acc)
+        distance = sizes.distances.to(sizes.acc)
         if self.symmetric:
             distance = -distance.abs()
         return Lowered(diag=self.slopes.to(sizes.acc)[:, None] * distance)
@@ -156,11 +156,6 @@ def t5(table: Tensor, bidirectional: bool, max_distance: int = 128) -> Bias:
     Source: Raffel et al., T5 (JMLR 2020), section 2.1, and the Mesh TensorFlow code it points to.
     """
     return T5(table, _checks.flag("bias.t5 bidirectional", bidirectional), max_distance)
-
-
-def _strip_distances(sizes: Sizes) -> Tensor:
-    """The distance that each strip position stands for, int64 (Lq + Lk - 1,)."""
-    return torch.arange(sizes.strip, device=sizes.device) - (sizes.keys - 1)
 
 
 def _exact_buckets(num_buckets: int, bidirectional: bool) -> int:

@@ -51,8 +51,10 @@ class TransformerXL(Bias):
             return {"rel_k": u.expand(-1, -1, rows.shape[2], -1)}
         kv_heads, width = sizes.key.shape[1], sizes.key.shape[3]
         u = self.u.to(sizes.acc).expand(sizes.heads, width)
-        u = u.reshape(kv_heads, sizes.heads // max(kv_heads, 1), width)
-        return {"dense": sizes.scale * (u @ sizes.key.to(sizes.acc).transpose(2, 3)).flatten(1, 2)[:, :, None]}
+        u = u.reshape(kv_heads, sizes.heads // max(kv_heads, 1), 1, width)
+        # not a matmul, which autocast would take to half precision
+        content = (u * sizes.key.to(sizes.acc)[:, :, None]).sum(-1)  # (B, Hkv, Hq / Hkv, Lk)
+        return {"dense": sizes.scale * content.flatten(1, 2)[:, :, None]}
 
 
 def _check_rows(name: str, value: Tensor, head_dim: int, expected: str, sizes: Sizes) -> None:

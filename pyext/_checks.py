@@ -90,11 +90,16 @@ def flag(name: str, value) -> bool:
     return bool(value)
 
 
-def length(name: str, value, hint: str = "") -> int:
-    """A non-negative Python int; `hint` ends the message."""
+def whole(name: str, value, hint: str = "") -> int:
+    """A Python int; `hint` ends the message."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int{hint}, got {type(value).__name__}")
-    if value < 0:
+    return value
+
+
+def length(name: str, value, hint: str = "") -> int:
+    """A non-negative Python int; `hint` ends the message."""
+    if whole(name, value, hint) < 0:
         raise ValueError(f"{name} must be a non-negative int{hint}, got {value}")
     return value
 

@@ -21,7 +21,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Sizes(NamedTuple):
-    """The sizes of one call, which biases and masks lower against.
+    """The call that biases and masks lower against: its sizes, and for biases also its contents.
 
     In a packed (varlen) call `lead` is empty, `queries` and `keys` are the totals over all sequences, and
     `cu_seqlens_q` and `cu_seqlens_k` say where each sequence starts.
@@ -35,6 +35,10 @@ class Sizes(NamedTuple):
     acc: torch.dtype
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    query: Tensor | None = None  # (B, Hq, Lq, D); masks must not depend on this and what follows: they are cached by it
+    key: Tensor | None = None  # (B, Hkv, Lk, D)
+    scale: float = 1.0
+    softcap: float = 0.0  # 0 = off
 
     @property
     def batch(self) -> int:
@@ -54,6 +58,11 @@ class Sizes(NamedTuple):
     def strip(self) -> int:
         """Length of a diagonal strip: one value per distance from -(Lk - 1) to Lq - 1."""
         return max(self.queries + self.keys - 1, 0)
+
+    @property
+    def distances(self) -> Tensor:
+        """The distance that each position of a strip stands for, int64 (Lq + Lk - 1,)."""
+        return torch.arange(self.strip, device=self.device) - (self.keys - 1)
 
 
 class AttentionProblem(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import pyext
+from support.backends import on_backend
 from support.cases import arguments, case, draw, expected, run
 from support.parts import (
     Shape,
@@ -16,10 +17,14 @@ from support.parts import (
     causal,
     dense,
     diagonal,
+    disentangled,
     documents,
     float_attn_mask,
     padding,
+    segment,
+    shaw,
     t5,
+    transformer_xl,
     window,
 )
 from support.tolerance import assert_close_to_reference
@@ -34,6 +39,9 @@ GRADCHECK = [
     case(TINY, dense("1hqk"), dense("b11k"), sinks=True, softcap=0.8),
     case(TINY, float_attn_mask("11q1"), window(1, 2), scale=0.9),
     case(Shape(2, 2, 1, 4, 4, 3, 3), documents(batched=True), alibi(symmetric=True), dropout=0.3),
+    case(TINY, transformer_xl("past"), segment(), causal()),
+    case(GROUPED, transformer_xl("few"), softcap=1.2),
+    case(GROUPED, disentangled(buckets=4, max_position=9), shaw(2)),
 ]
 
 
@@ -44,7 +52,7 @@ def function_of_leaves(drawn, impl, lse=True):
     def call(*values):
         drawn.leaves.update(zip(names, values))
         q, k, v = values[:3]
-        out, lse_ = pyext.attention(q, k, v, return_lse=True, impl=impl, **arguments(drawn))
+        out, lse_ = on_backend(pyext.attention, impl, q, k, v, return_lse=True, **arguments(drawn))
         return (out, lse_.masked_fill(lse_ == -torch.inf, 0.0)) if lse else out
 
     return call, tuple(drawn.leaves[name] for name in names)

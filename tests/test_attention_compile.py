@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pyext
+from support.backends import on_backend
 
 LENGTHS = ((33, 33), (20, 47), (65, 65), (2, 90))
 
@@ -18,12 +19,14 @@ def inputs(lq, lk, dtype=torch.float32, heads=(4, 2), d=16):
     sizes = {"q": (2, heads[0], lq, d), "k": (2, heads[1], lk, d), "v": (2, heads[1], lk, d)}
     leaves = {name: torch.randn(*size, dtype=dtype) for name, size in sizes.items()}
     leaves.update(table=torch.randn(32, heads[0]), slopes=torch.rand(heads[0]), sinks=torch.randn(heads[0]))
+    leaves.update(r=torch.randn(lk, heads[0], d), u=torch.randn(heads[0], d), v_=torch.randn(heads[0], d))
+    leaves.update(rows=torch.randn(heads[0], 16, d), segment=torch.randn(2, heads[0], lq, 2))
     leaves.update(dense=torch.randn(heads[0], 1, lk), strip=torch.randn(heads[0], lq + lk - 1))
     return {name: x.requires_grad_() for name, x in leaves.items()}
 
 
-def call(t, **options):
-    return pyext.attention(t["q"], t["k"], t["v"], enable_gqa=True, **options)
+def call(t, impl, **options):
+    return on_backend(pyext.attention, impl, t["q"], t["k"], t["v"], enable_gqa=True, **options)
 
 
 def lengths_of(t):
@@ -61,6 +64,23 @@ CALLS = {
         t,
         bias=pyext.bias.t5(t["table"], bidirectional=True) + pyext.bias.alibi(t["slopes"], symmetric=True),
         scale=0.5,
+        impl=impl,
+    ),
+    "transformer_xl": lambda t, impl: call(
+        t, bias=pyext.bias.transformer_xl(t["r"], t["u"], t["v_"]), mask=pyext.masks.causal(), impl=impl
+    ),
+    "deberta": lambda t, impl: call(
+        t, bias=pyext.bias.disentangled(t["rows"], t["rows"], buckets=8, max_position=40), impl=impl
+    ),
+    "shaw + xl, softcap": lambda t, impl: call(
+        t,
+        bias=pyext.bias.shaw(t["rows"][:, 1:], 7) + pyext.bias.transformer_xl(t["r"], t["u"], t["v_"]),
+        softcap=2.0,
+        impl=impl,
+    ),
+    "segment": lambda t, impl: call(
+        t,
+        bias=pyext.bias.segment(t["segment"], torch.arange(t["q"].shape[2]) // 11, torch.arange(t["k"].shape[2]) // 11),
         impl=impl,
     ),
 }

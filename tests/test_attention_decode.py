@@ -16,12 +16,16 @@ from support.parts import (
     dense,
     dense_mask,
     diagonal,
+    disentangled,
     documents,
     float_attn_mask,
     is_causal,
     padding,
     prefix,
+    segment,
+    shaw,
     t5,
+    transformer_xl,
     window,
 )
 
@@ -69,6 +73,10 @@ CASES = [
     case(one(b=1, hq=1, hkv=1, lk=3000)),
     case(one(b=1, hq=1, hkv=1, lq=8, lk=2999), t5()),
     case(one(b=5, hq=3, hkv=3, lk=40)),
+    case(one(), transformer_xl("past")),
+    case(one(lq=5, lk=700), transformer_xl("xlnet"), segment(), causal()),
+    case(one(lq=3, lk=400, d=40), shaw(30), softcap=3.0),
+    case(one(lk=513, d=24), disentangled(buckets=32, max_position=128)),
     *(case(one(lk=300, lq=2, d=40), causal(), layout=kind) for kind in layouts.VARIED),
     *(case(one(lk=300, d=40), t5(), layout=("contiguous", kind, kind), grad_layout="blhd") for kind in layouts.VARIED),
 ]

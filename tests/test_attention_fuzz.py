@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import pyext
 from support import backends, layouts
+from support.backends import on_backend
 from support.cases import DTYPES, Case, compare, expected, refused, run
 from support.parts import (
     Shape,
@@ -20,6 +21,7 @@ from support.parts import (
     dense,
     dense_mask,
     diagonal,
+    disentangled,
     documents,
     either,
     fixed,
@@ -31,9 +33,12 @@ from support.parts import (
     padding,
     permutation,
     prefix,
+    segment,
+    shaw,
     strided,
     t5,
     torch_causal,
+    transformer_xl,
     union,
     window,
 )
@@ -100,6 +105,26 @@ def biases():
         st.builds(diagonal, st.sampled_from("h1"), dtypes),
         st.builds(alibi, symmetric=st.booleans(), learned=st.booleans(), dtype=dtypes),
         st.builds(t5, st.booleans(), st.sampled_from([4, 8, 32]), st.sampled_from([20, 64, 128]), dtypes),
+        st.builds(
+            transformer_xl,
+            st.sampled_from(["all", "past", "xlnet", "few"]),
+            u=st.booleans(),
+            v=st.booleans(),
+            heads=st.sampled_from("h1"),
+            dtype=dtypes,
+        ),
+        st.builds(shaw, st.integers(0, 70), st.sampled_from(["", "h", "1"]), dtypes),
+        st.builds(
+            disentangled,
+            st.sampled_from(["both", "c2p", "p2c"]),
+            st.sampled_from([None, 2, 5, 16]),
+            st.sampled_from([12, 50]),
+            st.sampled_from("h1"),
+            batched=st.booleans(),
+            scale=st.sampled_from([None, 0.13]),
+            dtype=dtypes,
+        ),
+        st.builds(segment, st.sampled_from(["bhq", "1hq", "b1q", "111"]), st.booleans(), st.integers(1, 4), dtypes),
     )
 
 
@@ -148,7 +173,7 @@ def test_any_call(which, dtype, seed, threads):
 @st.composite
 def packed_calls(draw):
     sequences = draw(st.lists(st.tuples(length(60), length(90)), min_size=1, max_size=6))
-    bias = draw(st.sampled_from(["none", "alibi", "symmetric", "t5", "t5 one way", "both"]))
+    bias = draw(st.sampled_from(["none", "alibi", "symmetric", "t5", "t5 one way", "both", "xl", "deberta + shaw"]))
     mask = draw(st.sampled_from(["none", "is_causal", "causal", "window", "prefix"]))
     left, right = draw(limits()), draw(limits())
     return sequences, bias, mask, left, right
@@ -175,12 +200,16 @@ def test_any_packed_call(call, heads, dims, softcap, dropout, seed):
     q, k, v = leaf(sum(lengths_q), heads[0], dims[0]), leaf(sum(lengths_k), heads[1], dims[0]), None
     v = leaf(sum(lengths_k), heads[1], dims[1])
     slopes, table, sinks = leaf(heads[0]), leaf(8, heads[0]), leaf(heads[0])
+    r, u, w, rows = leaf(90, heads[0], dims[0]), leaf(heads[0], dims[0]), leaf(1, dims[0]), leaf(heads[0], 8, dims[0])
     biases = {
         "none": None,
         "alibi": pyext.bias.alibi(slopes),
         "symmetric": pyext.bias.alibi(slopes, symmetric=True),
         "t5": pyext.bias.t5(table, bidirectional=True, max_distance=30),
         "t5 one way": pyext.bias.t5(table, bidirectional=False, max_distance=30),
+        "xl": pyext.bias.transformer_xl(r, u, w, first_distance=-60),
+        "deberta + shaw": pyext.bias.disentangled(rows, rows, buckets=4, max_position=30)
+        + pyext.bias.shaw(rows[0, :7], 3),
         "both": pyext.bias.alibi(slopes) + pyext.bias.t5(table, bidirectional=True),
     }
     visible = {
@@ -195,17 +224,18 @@ def test_any_packed_call(call, heads, dims, softcap, dropout, seed):
     results = []
     for backend in backends.ALL:
         with backend.selected():
-            out, lse = pyext.varlen_attention(
+            out, lse = on_backend(
+                pyext.varlen_attention,
+                backend.impl,
                 *(q, k, v, cu_q, cu_k),
                 enable_gqa=True,
                 return_lse=True,
                 dropout_p=dropout,
                 generator=torch.Generator().manual_seed(seed),
-                impl=backend.impl,
                 **options,
             )
             weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-            leaves = [q, k, v, slopes, table, sinks]
+            leaves = [q, k, v, slopes, table, sinks, r, u, w, rows]
             total = (out * weight).sum() + lse.sum()
             results.append([out, lse, *torch.autograd.grad(total, leaves, allow_unused=True)])
     for other in results[1:]:

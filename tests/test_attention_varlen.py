@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import pyext
-from support import oracle
+from support import oracle, parts
+from support.backends import on_backend
 from support.cases import on_threads
 from support.tolerance import assert_close_to_reference
 
@@ -38,6 +39,11 @@ FEATURES = {
         "softcap": 2.0,
         "scale": 0.4,
     },
+    "transformer-xl, causal": {
+        "bias": lambda t: pyext.bias.transformer_xl(t["r"], t["u"], t["w"], first_distance=-40),
+        "is_causal": True,
+    },
+    "deberta": {"bias": lambda t: pyext.bias.disentangled(t["pos_key"], t["pos_query"], buckets=8, max_position=40)},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -61,6 +67,10 @@ def leaves_for(name, lengths, heads, dtype, seed, dims=(24, 16)):
         leaves["table"] = normal(32, heads[0])
     if "sinks" in name:
         leaves["sinks"] = normal(heads[0])
+    if "transformer-xl" in name:
+        leaves.update(r=normal(50, heads[0], dims[0]), u=normal(heads[0], dims[0]), w=normal(heads[0], dims[0]))
+    if "deberta" in name:
+        leaves.update(pos_key=normal(heads[0], 16, dims[0]), pos_query=normal(1, 16, dims[0]))
     cotangents = (
         normal(total_q, heads[0], dims[1]),
         normal(heads[0], total_q).to(torch.promote_types(dtype, torch.float32)),
@@ -81,8 +91,8 @@ def options_for(feature, leaves):
 
 def sequences(leaves, lengths):
     """(q, k, v) of each sequence as (1, H, L, D)."""
-    parts = leaves["q"].split(lengths[0]), leaves["k"].split(lengths[1]), leaves["v"].split(lengths[1])
-    return [tuple(x.transpose(0, 1)[None] for x in sequence) for sequence in zip(*parts)]
+    split = leaves["q"].split(lengths[0]), leaves["k"].split(lengths[1]), leaves["v"].split(lengths[1])
+    return [tuple(x.transpose(0, 1)[None] for x in sequence) for sequence in zip(*split)]
 
 
 def pack(outs, lses):
@@ -91,13 +101,22 @@ def pack(outs, lses):
 
 
 def visible(feature, d):
-    if feature in ("is_causal", "causal", "alibi", "t5, causal, sinks"):
+    if feature in ("is_causal", "causal", "alibi", "t5, causal, sinks", "transformer-xl, causal"):
         return d <= 0
     return (d >= -9) & (d <= 4) if feature == "window" else None
 
 
-def dense_score(feature, leaves, d):
+def dense_score(feature, leaves, d, q, k):
     score = None
+    if feature == "transformer-xl, causal":
+        row = (d + 40).masked_fill((d < -40) | (d >= 10), -1)
+        score = parts.query_rows(q + leaves["w"].unsqueeze(1), leaves["r"].transpose(0, 1), row)
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        score = (score + leaves["u"][None, :, None] @ keys.mT) * q.shape[-1] ** -0.5
+    if feature == "deberta":
+        row = (oracle.deberta_bucket(-d, 8, 40) + 8).clamp(0, 15)
+        score = parts.query_rows(q, leaves["pos_key"], row) + parts.key_rows(k, leaves["pos_query"], row, q.shape[1])
+        score = score * q.shape[-1] ** -0.5
     if feature.startswith("t5"):
         one_way = "causal" in feature
         bucket = oracle.t5_bucket(d, not one_way, 32, 40 if one_way else 128)
@@ -114,7 +133,7 @@ def dense_sequences(feature, lengths, leaves):
     results = []
     for q, k, v in sequences(leaves, lengths):
         d = oracle.distance(q.shape[2], k.shape[2])
-        score, allowed = dense_score(feature, leaves, d), visible(feature, d)
+        score, allowed = dense_score(feature, leaves, d, q, k), visible(feature, d)
         results.append(oracle.attention(q, k, v, allowed=allowed, score=score, sinks=leaves.get("sinks"), **options))
     return tuple(zip(*results))
 
@@ -122,26 +141,26 @@ def dense_sequences(feature, lengths, leaves):
 def magnitudes(feature, lengths, leaves, cotangents, outs, lses):
     """The two yardsticks of `oracle.magnitudes`, packed; those of shared leaves summed over sequences."""
     totals = {}, {}
-    shared = {name: leaves[name] for name in ("slopes", "table") if name in leaves}
+    shared = {name: leaf for name, leaf in leaves.items() if name not in "qkv"}
     upstream = zip(cotangents[0].double().split(lengths[0]), cotangents[1].double().split(lengths[0], 1))
     for (q, k, v), out, lse, (grad_out, grad_lse) in zip(sequences(leaves, lengths), outs, lses, upstream):
         if q.shape[2] == 0:
             continue
         d = oracle.distance(q.shape[2], k.shape[2])
-        parts = oracle.magnitudes(
-            *(q, k, v, shared, lambda d=d: dense_score(feature, leaves, d), out, lse),
+        yardsticks = oracle.magnitudes(
+            {"query": q, "key": k, "value": v, **shared},
+            *(lambda t, d=d: dense_score(feature, t, d, t["query"], t["key"]), out, lse),
             *(grad_out.transpose(0, 1)[None], grad_lse[None]),
             scale=FEATURES[feature].get("scale", q.shape[-1] ** -0.5),
             softcap=FEATURES[feature].get("softcap"),
             allowed=visible(feature, d),
             keep=None,
             p=0.0,
-            sinks=leaves.get("sinks"),
         )
-        for total, part in zip(totals, parts):
+        for total, part in zip(totals, yardsticks):
             for name, value in part.items():
                 name = {"grad query": "grad q", "grad key": "grad k", "grad value": "grad v"}.get(name, name)
-                if name in ("grad slopes", "grad table", "grad sinks"):
+                if name[5:] in shared:
                     total[name] = total.get(name, 0) + value
                 else:
                     total[name] = torch.cat([total.get(name, value[:0].flatten()), value.flatten()])
@@ -160,9 +179,9 @@ def results(leaves, cotangents, out, lse):
 
 def packed(feature, lengths, leaves, cotangents, impl, threads=2):
     tensors = *(leaves[n] for n in "qkv"), offsets(lengths[0]), offsets(lengths[1])
-    options = dict(options_for(feature, leaves), enable_gqa=True, return_lse=True, impl=impl)
+    options = dict(options_for(feature, leaves), enable_gqa=True, return_lse=True)
     with on_threads(threads):
-        return results(leaves, cotangents, *pyext.varlen_attention(*tensors, **options))
+        return results(leaves, cotangents, *on_backend(pyext.varlen_attention, impl, *tensors, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -199,7 +218,7 @@ def test_equals_single_calls(heads, feature, cpu, seed):
     if options.pop("is_causal", False):
         options["mask"] = pyext.masks.causal()
     single = [
-        pyext.attention(*qkv, enable_gqa=True, return_lse=True, impl=cpu.impl, **options)
+        on_backend(pyext.attention, cpu.impl, *qkv, enable_gqa=True, return_lse=True, **options)
         for qkv in sequences(leaves, lengths)
     ]
     wanted = results(leaves, cotangents, *pack(*zip(*single)))

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 import pyext
 from pyext import _dispatch
 from pyext import bias as module
+from pyext.bias._base import row_table
 from pyext.reference.attention import scores
 from support import oracle
 
@@ -180,29 +181,29 @@ def test_memory_is_linear():
 
 def test_index_is_shared_between_lengths_and_bounded():
     table = normal(32, 3)
-    module._bucket_table.cache_clear()
+    row_table.cache_clear()
     kept = {
         lower(pyext.bias.t5(table, True), lq=1, lk=lk).diag_index.untyped_storage().data_ptr() for lk in range(130, 250)
     }
     assert len(kept) == 1
     for lk in (2**n for n in range(20)):
         lower(pyext.bias.t5(table, True), lq=1, lk=lk, batch=1)
-    info = module._bucket_table.cache_info()
+    info = row_table.cache_info()
     assert info.currsize <= info.maxsize <= 32
 
 
 def test_nothing_is_kept_from_a_trace():
-    module._bucket_table.cache_clear()
+    row_table.cache_clear()
     with FakeTensorMode():
         q = torch.randn(1, 3, 8, 4)
         pyext.attention(q, q, q, bias=pyext.bias.t5(torch.randn(32, 3), True))
-    assert module._bucket_table.cache_info().currsize == 0
+    assert row_table.cache_info().currsize == 0
     torch.compile(lambda d: lower(pyext.bias.t5(torch.ones(32, 3), True)).diag_index + d, backend="eager")(1)
-    assert module._bucket_table.cache_info().currsize == 0
+    assert row_table.cache_info().currsize == 0
 
 
 def test_index_made_in_inference_mode_serves_training():
-    module._bucket_table.cache_clear()
+    row_table.cache_clear()
     table, q = torch.randn(32, 3, requires_grad=True), torch.randn(1, 3, 8, 4, requires_grad=True)
     with torch.inference_mode():
         pyext.attention(q, q, q, bias=pyext.bias.t5(table, True))

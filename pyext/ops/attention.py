@@ -120,14 +120,15 @@ def varlen_attention(
         cu_seqlens_q, cu_seqlens_k: (N + 1,) integers from 0 to the total, not decreasing.
         max_seqlen_q, max_seqlen_k: accepted for flash-attn's callers; nothing depends on them.
         is_causal: lower-right aligned within each sequence, as in flash-attn (not upper-left as in `attention`).
-        bias: alibi, t5, their sums, or a diagonal with values (H, total_q + total_k - 1), distance 0 at index
-            total_k - 1.
+        bias: alibi, t5, transformer_xl, shaw, disentangled (without a batch), their sums, or a diagonal with values
+            (H, total_q + total_k - 1), distance 0 at index total_k - 1.
         mask: causal, window, prefix (one length per sequence) and their intersections.
         The others as in `attention`.
     Returns:
         out (total_q, Hq, Dv); with `return_lse` also lse (Hq, total_q), fp32 (fp64 for fp64).
     Raises:
-        as `attention`; ValueError for biases and masks that need one common score matrix (dense, padding, documents).
+        as `attention`; ValueError for biases and masks that need one common score matrix (dense, segment, padding,
+        documents).
     Source: the interface of flash-attn 2 (Dao, 2023).
     """
     call = _prepare_varlen(
@@ -197,6 +198,7 @@ def _prepare(
                 "attn_mask must be None with is_causal=True (to combine them pass mask=pyext.masks.causal())"
             )
         right = query.shape[2] - key.shape[2]
+    scale, softcap = _factors(scale, softcap, query.shape[3])
     if attn_mask is None and bias is None and mask is None and sinks is None:
         lowered = {"right": right}
     else:
@@ -207,9 +209,9 @@ def _prepare(
         bias, mask = _absorb_attn_mask(attn_mask, bias, _as_mask(mask))
         if bias is None:
             passes = _passes.of(mask, sizes, right, dropout_p)
-        lowered = _lower(bias, None if passes else mask, sinks, right, sizes)
+        lowered = _lower(bias, None if passes else mask, sinks, right, sizes, (query, key, scale, softcap))
     problem = _problem(query, key, value, lowered, None, None, scale, softcap, dropout_p)
-    return _Call(problem, prefix, _rotary.lower(rotary, ("query", "key"), query, key), passes)
+    return _Call(problem, prefix, _rotation(rotary, ("query", "key"), query, key, lowered), passes)
 
 
 def _prepare_varlen(
@@ -229,26 +231,42 @@ def _prepare_varlen(
             _checks.length(name, value)
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     right = 0 if _checks.flag("is_causal", is_causal) else UNBOUNDED
+    scale, softcap = _factors(scale, softcap, q.shape[2])
     sizes = Sizes((), q.shape[1], q.shape[0], k.shape[0], q.device, acc_dtype(q.dtype), cu_q, cu_k)
-    lowered = _lower(bias, _as_mask(mask), sinks, right, sizes)
+    lowered = _lower(bias, _as_mask(mask), sinks, right, sizes, (query, key, scale, softcap))
     problem = _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p)
-    return _Call(problem, rotation=_rotary.lower(rotary, ("q", "k"), query, key, cu_q, cu_k))
+    return _Call(problem, rotation=_rotation(rotary, ("q", "k"), query, key, lowered, cu_q, cu_k))
 
 
-def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
-    """Check the numbers and put the flat problem together."""
+def _rotation(rotary, names, query, key, lowered: dict, *offsets) -> _rotary.Rotation | None:
+    """What rotates query and key. Biases of content and distance would have to say which of the two they mean."""
+    if rotary is not None and lowered.get("rel_index") is not None:
+        raise ValueError(
+            "rotary must be None beside bias.transformer_xl, bias.shaw and bias.disentangled, which read query and key "
+            "themselves; to have them read the rotated ones pass pyext.rotary's results as query and key"
+        )
+    return _rotary.lower(rotary, names, query, key, *offsets)
+
+
+def _factors(scale, softcap, width: int) -> tuple[float, float]:
+    """`scale` and `softcap` of the flat problem."""
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[3]) if query.shape[3] else 1.0
+        scale = 1.0 / math.sqrt(width) if width else 1.0
     else:
         scale = float(_checks.real("scale", scale))
     if softcap is None:
         softcap = 0.0
     elif _checks.real("softcap", softcap) <= 0:
         raise ValueError(f"softcap must be positive (or None), got {softcap}")
+    return scale, float(softcap)
+
+
+def _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p) -> AttentionProblem:
+    """Put the flat problem together; a bias may have replaced the query."""
     if dropout_p != 0.0:
         dropout_p = _checks.probability("dropout_p", dropout_p)
     return AttentionProblem(
-        query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale, softcap=float(softcap),
+        lowered.pop("query", query), key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=scale, softcap=softcap,
         dropout_p=float(dropout_p), **lowered,
     )  # fmt: skip
 
@@ -321,9 +339,12 @@ def _instance(name: str, value, kind: type):
     return value
 
 
-def _lower(bias, mask, sinks, right, sizes: Sizes) -> dict:
+def _lower(bias, mask, sinks, right, sizes: Sizes, contents: tuple) -> dict:
     """The fields of the flat problem that come from biases, masks and sinks."""
-    biases = _bias.Lowered() if bias is None else _instance("bias", bias, _bias.Bias).lower(sizes)
+    biases = {}
+    if bias is not None:
+        whole = Sizes(*sizes[: -len(contents)], *contents)
+        biases = _instance("bias", bias, _bias.Bias).lower(whole).fields(whole)
     visible = _masks.Lowered() if mask is None else mask.lower(sizes)
     if sinks is not None:
         _checks.floating("sinks", sinks)
@@ -331,7 +352,7 @@ def _lower(bias, mask, sinks, right, sizes: Sizes) -> dict:
             raise _checks.shape_error("sinks", f"({sizes.heads},)", "to match query", sinks)
         _checks.same_device("sinks", sinks, sizes.device)
         sinks = sinks.to(sizes.acc)
-    return {**biases._asdict(), **visible._asdict(), "sinks": sinks, "right": min(right, visible.right)}
+    return {**biases, **visible._asdict(), "sinks": sinks, "right": min(right, visible.right)}
 
 
 def _check_options(return_lse, generator, deterministic, problem: AttentionProblem) -> None:

@@ -1,10 +1,13 @@
 """Attention, the specification: explicit scores in plain PyTorch on the flat problem, differentiable at any order.
 
-S = softcap(scale * q.k) + dense + diag; masks; softmax with a sink; dropout; P v.
+S = softcap(scale * q.k) + dense + diag + relative rows + segments; masks; softmax with a sink; dropout; P v.
 
 Sources:
     scaled dot product: Vaswani et al., "Attention is all you need" (2017), eq. 1
     biases of the distance only: Raffel et al., T5 (2020), section 2.1; Press et al., ALiBi (2022), section 3
+    queries times rows of the distance: Dai et al., Transformer-XL (2019), section 3.3; Shaw et al. (2018), eq. 5
+    keys times rows of the distance: He et al., DeBERTa (2021), eq. 4
+    a score for equal and for different segments: Yang et al., XLNet (2019), section 2.5
     soft capping, c tanh(x / c): Gemma 2 report (2024), section 2
     a learned logit per head in the denominator: gpt-oss model card (2025), after Xiao et al., "Efficient streaming
         language models with attention sinks" (2024)
@@ -91,7 +94,27 @@ def scores(problem: AttentionProblem) -> Tensor:
         if problem.diag_index is not None:
             position = problem.diag_index.to(torch.int64)[position]
         score = score + problem.diag[:, position]
+    if problem.rel_index is not None:
+        score = score + problem.scale * _relative(problem, key)
+    if problem.segment is not None:
+        same = problem.segment_q[:, None, :, None] == problem.segment_k[:, None, None, :]
+        different_score, same_score = problem.segment.unbind(-1)
+        score = score + torch.where(same, same_score[..., None], different_score[..., None])
     return score
+
+
+def _relative(problem: AttentionProblem, key: Tensor) -> Tensor:
+    """rel_query_i . rel_q[row(i, j)] + key_j . rel_k[row(i, j)], (B, Hq, Lq, Lk); `key` has a head per query head."""
+    row = problem.rel_index.to(torch.int64)[distances(problem) + problem.key.shape[2] - 1]
+    shape = (*problem.query.shape[:2], -1, -1)
+    total = key.new_zeros(())
+    if problem.rel_q is not None:
+        product = problem.rel_query.to(key.dtype) @ problem.rel_q.to(key.dtype).transpose(-1, -2)  # (B, Hq, Lq, R)
+        total = total + product.gather(-1, row.expand(shape))
+    if problem.rel_k is not None:
+        product = key @ problem.rel_k.to(key.dtype).transpose(-1, -2)  # (B, Hq, Lk, R)
+        total = total + product.gather(-1, row.t().expand(shape)).transpose(-1, -2)
+    return total
 
 
 def _repeat(tensor: Tensor, problem: AttentionProblem) -> Tensor:
@@ -132,10 +155,11 @@ def _packed(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
             query=problem.query[:, :, q],
             key=problem.key[:, :, k],
             value=problem.value[:, :, k],
+            rel_query=None if problem.rel_query is None else problem.rel_query[:, :, q],
             intervals=None if problem.intervals is None else problem.intervals[:, q],
             cu_seqlens_q=None,
             cu_seqlens_k=None,
-            **_local_strip(problem, rows[n + 1] - rows[n], cols[n + 1] - cols[n]),
+            **_local_strips(problem, rows[n + 1] - rows[n], cols[n + 1] - cols[n]),
         )
         out, lse = _attention(part, first_batch=n)
         outs.append(out)
@@ -145,12 +169,13 @@ def _packed(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def _local_strip(problem: AttentionProblem, queries: int, keys: int) -> dict:
-    """The part of the strip (distance 0 at total_k - 1) that a sequence of these lengths uses (its own at Lk - 1)."""
-    if problem.diag is None:
-        return {}
+def _local_strips(problem: AttentionProblem, queries: int, keys: int) -> dict:
+    """The part of each strip (distance 0 at total_k - 1) that a sequence of these lengths uses (its own at Lk - 1)."""
     first = problem.key.shape[2] - keys
     part = slice(first, first + max(queries + keys - 1, 0))
+    strips = {"rel_index": None if problem.rel_index is None else problem.rel_index[part]}
     if problem.diag_index is not None:
-        return {"diag_index": problem.diag_index[part]}
-    return {"diag": problem.diag[:, part]}
+        strips["diag_index"] = problem.diag_index[part]
+    elif problem.diag is not None:
+        strips["diag"] = problem.diag[:, part]
+    return strips

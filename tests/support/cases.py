@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from . import layouts, oracle
+from .backends import on_backend
 from .parts import Context, Part, Shape, Term
 from .tolerance import assert_close_to_reference
 
@@ -89,8 +90,9 @@ class Drawn:
 def draw(case: Case, dtype: torch.dtype, seed: int) -> Drawn:
     """Fresh inputs. The seed is mixed with the case, so that cases of one session differ."""
     mixed = zlib.crc32(f"{case}|{dtype}|{seed}".encode())
-    context = Context(case.shape, dtype, torch.Generator().manual_seed(mixed))
     s = case.shape
+    scale = 1.0 / math.sqrt(s.d) if case.scale is None else case.scale
+    context = Context(s, dtype, torch.Generator().manual_seed(mixed), scale)
     kinds = (case.layout,) * 3 if isinstance(case.layout, str) else case.layout
     sizes = ((s.b, s.hq, s.lq, s.d), (s.b, s.hkv, s.lk, s.d), (s.b, s.hkv, s.lk, s.dv))
     leaves = {}
@@ -100,7 +102,7 @@ def draw(case: Case, dtype: torch.dtype, seed: int) -> Drawn:
     terms = [make(context) for make in case.parts]
     for number, term in enumerate(terms):
         term.rename = {key: f"{key}{number}" for key in term.leaves}
-        leaves.update({f"{key}{number}": leaf for key, leaf in term.leaves.items()})
+        leaves.update({term.rename[key]: leaf for key, leaf in term.leaves.items()})
     if case.sinks:
         leaves["sinks"] = context.normal(s.hq, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         leaves["sinks"].requires_grad_()
@@ -151,8 +153,16 @@ def run(drawn: Drawn, impl: str, threads: int = 2) -> dict[str, Tensor]:
         pytest.skip("the CPU kernels know no block tables")
     q, k, v = (drawn.leaves[name] for name in ("query", "key", "value"))
     with on_threads(threads):
-        out, lse = pyext.attention(q, k, v, return_lse=True, impl=impl, **arguments(drawn))
+        out, lse = on_backend(pyext.attention, impl, q, k, v, return_lse=True, **arguments(drawn))
         return _with_gradients(drawn, drawn.leaves, out, lse)
+
+
+def has_kernel(drawn: Drawn) -> bool:
+    """Whether the CPU kernels of this build take the case."""
+    import pyext
+
+    q, k, v = (drawn.leaves[name] for name in ("query", "key", "value"))
+    return pyext.explain(pyext.attention, q, k, v, **arguments(drawn))["cpu"] == "accepts"
 
 
 def run_dense(drawn: Drawn, dtype: torch.dtype, keep: Tensor | None = None) -> dict[str, Tensor]:
@@ -163,26 +173,24 @@ def run_dense(drawn: Drawn, dtype: torch.dtype, keep: Tensor | None = None) -> d
     case = drawn.case
     leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in drawn.leaves.items()}
 
-    def score():
+    def score(leaves):
         total = None
         for term in drawn.terms:
             if term.score is not None:
-                value = term.score({key: leaves[new] for key, new in term.rename.items()})
+                own = {key: leaves[new] for key, new in term.rename.items()}
+                value = term.score({**own, "query": leaves["query"], "key": leaves["key"]})
                 total = value if total is None else total + value
         return total
 
     allowed = drawn.allowed()
-    options = dict(scale=case.scale, softcap=case.softcap, allowed=allowed)
+    options = dict(scale=case.scale, softcap=case.softcap, allowed=allowed, keep=keep, p=case.dropout)
     q, k, v = leaves["query"], leaves["key"], leaves["value"]
-    out, lse = oracle.attention(q, k, v, score=score(), sinks=leaves.get("sinks"), keep=keep, p=case.dropout, **options)
+    out, lse = oracle.attention(q, k, v, score=score(leaves), sinks=leaves.get("sinks"), **options)
     result = _with_gradients(drawn, leaves, out, lse)
     if dtype == torch.float64 and out.numel():
         options["scale"] = 1.0 / math.sqrt(case.shape.d) if case.scale is None else case.scale
-        inner = {n: t for n, t in leaves.items() if n not in ("query", "key", "value", "sinks")}
         upstream = drawn.grad_out.double(), None if drawn.grad_lse is None else drawn.grad_lse.double()
-        result["magnitude"], result["floor"] = oracle.magnitudes(
-            q, k, v, inner, score, out, lse, *upstream, keep=keep, p=case.dropout, sinks=leaves.get("sinks"), **options
-        )
+        result["magnitude"], result["floor"] = oracle.magnitudes(leaves, score, out, lse, *upstream, **options)
     return result
 
 

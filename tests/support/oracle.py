@@ -79,6 +79,16 @@ def t5_bucket(relative: Tensor, bidirectional: bool, buckets: int, max_distance:
     return result + torch.where(relative < exact, relative, large)
 
 
+def deberta_bucket(relative: Tensor, buckets: int, max_position: int) -> Tensor:
+    """The log bucket of relative = query position - key position, as Hugging Face's DeBERTa-v2 computes it."""
+    mid = buckets // 2
+    inside = (relative < mid) & (relative > -mid)
+    distance = torch.where(inside, torch.tensor(mid - 1).type_as(relative), torch.abs(relative))
+    whole = torch.log(torch.tensor((max_position - 1) / mid))
+    log = torch.ceil(torch.log(distance / mid) / whole * (mid - 1)) + mid
+    return torch.where(distance <= mid, relative.type_as(log), log * torch.sign(relative)).to(torch.long)
+
+
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Philox4x32-10 (Salmon et al. 2011) of uint32 counters (..., 4) under one key: uint32 (..., 4)."""
     mask = np.uint64(0xFFFFFFFF)
@@ -105,21 +115,26 @@ def dropout_keep(seed: int, p: float, batch: int, heads: int, lq: int, lk: int) 
     return torch.from_numpy(words.astype(np.int64) >= math.floor(p * 2.0**32))
 
 
-def magnitudes(query, key, value, leaves, score, out, lse, grad_out, grad_lse, scale, softcap, allowed, keep, p, sinks):
+def magnitudes(leaves, score, out, lse, grad_out, grad_lse, scale, softcap, allowed, keep, p):
     """Sums of the absolute values of the terms behind each result, and the part of them that comes from <dO, out>.
 
     Two dicts {name: fp64 tensor}, the `magnitude` and `floor` of the tolerance rule: what cancellation is judged by.
-    score() is the dense bias as a differentiable function of `leaves`; the others are those of `attention`.
+    score(leaves) is the dense bias as a differentiable function of the leaves, which are named query, key, value,
+    sinks and as score calls them; the others are those of `attention`.
     """
+    query, key, value, sinks = (leaves.get(name) for name in ("query", "key", "value", "sinks"))
     group = query.shape[1] // max(key.shape[1], 1)
     q = query.detach()
     k, v = (x.detach().repeat_interleave(group, 1) for x in (key, value))
     s = (q @ k.transpose(-1, -2)) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    dense = score()
+    dense = score(leaves)
     if dense is not None:
         s = s + dense.detach()
+    # What queries and keys add to gradients of rows, and rows to theirs, in absolute values too.
+    absolute = {name: leaf.detach().abs().requires_grad_() for name, leaf in leaves.items()}
+    dense = score(absolute)
     if allowed is not None:
         s = s.masked_fill(~allowed, -math.inf)
     finite = lse.detach().masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)
@@ -135,10 +150,12 @@ def magnitudes(query, key, value, leaves, score, out, lse, grad_out, grad_lse, s
 
     def through_scores(g):
         gradients = {"grad query": scale * (g @ k.abs()), "grad key": heads(scale * (g.transpose(-1, -2) @ q.abs()))}
-        if leaves:
-            values = list(leaves.values())
-            found = torch.autograd.grad(dense, values, g.sum_to_size(dense.shape), allow_unused=True, retain_graph=True)
-            gradients.update({f"grad {name}": t for name, t in zip(leaves, found) if t is not None})
+        if dense is not None and dense.requires_grad:
+            values, g = list(absolute.values()), g.sum_to_size(dense.shape)
+            found = torch.autograd.grad(dense, values, g, allow_unused=True, retain_graph=True)
+            for name, t in zip(absolute, found):
+                if t is not None:
+                    gradients[f"grad {name}"] = gradients.get(f"grad {name}", 0) + t
         return gradients
 
     result = through_scores(dropped * (grad_out.abs() @ v.abs().transpose(-1, -2)) + weights * rows)

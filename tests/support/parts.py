@@ -35,7 +35,8 @@ class Shape:
 @dataclass
 class Term:
     """keyword: where the object goes (bias, mask, attn_mask, is_causal). build(leaves) makes that object;
-    score(leaves) is its dense value and allowed its dense bool mask, either None."""
+    score(leaves) is its dense value and allowed its dense bool mask, either None. score also finds the call's "query"
+    and "key" among the leaves."""
 
     keyword: str
     build: Callable[[dict[str, Tensor]], object]
@@ -50,6 +51,7 @@ class Context:
     shape: Shape
     dtype: torch.dtype
     generator: torch.Generator
+    scale: float  # attention's
 
     def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         values = torch.randn(*size, generator=self.generator, dtype=torch.float64)
@@ -364,4 +366,112 @@ def t5(c: Context, bidirectional=True, buckets=32, max_distance=128, dtype=None)
         lambda t: _pyext().bias.t5(t["table"], bidirectional, max_distance=max_distance),
         {"table": table},
         lambda t: t["table"][bucket].permute(2, 0, 1),
+    )
+
+
+# ---------------------------------------------------------------- relative rows and segments
+
+
+def query_rows(queries: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """queries (B,H,Lq,D) times rows (..., H|1, R, D): pair (i, j) reads row index[i, j], and zero where that is < 0."""
+    product = oracle.matmul(queries, rows.to(queries.dtype).transpose(-1, -2).expand(*queries.shape[:2], -1, -1))
+    if product.shape[-1] == 0:
+        return product.new_zeros(*product.shape[:2], *index.shape) * rows.sum()
+    i = torch.arange(index.shape[0]).view(-1, 1)
+    return product[:, :, i, index.clamp(min=0)].masked_fill(index < 0, 0.0)
+
+
+def key_rows(keys: Tensor, rows: Tensor, index: Tensor, heads: int) -> Tensor:
+    """The same for keys (B,Hkv,Lk,D)."""
+    keys = keys.repeat_interleave(heads // keys.shape[1], 1)
+    return query_rows(keys, rows, index.t()).transpose(-1, -2)
+
+
+@part
+def transformer_xl(c: Context, rows="all", u=True, v=True, heads="h", dtype=None, batched=False) -> Term:
+    """rows: one for each distance ("all"), for those up to 0 ("past"), for -Lk ... Lq - 1 ("xlnet"), or for a few."""
+    s = c.shape
+    first, length, given = {
+        "all": (1 - s.lk, max(s.lq + s.lk - 1, 0), None),
+        "past": (1 - s.lk, s.lk, None),
+        "xlnet": (-s.lk, s.lq + s.lk, -s.lk),
+        "few": (-4, 7, -4),
+    }[rows]
+    h = s.hq if heads == "h" else 1
+    leaves = {"r": c.normal(*((s.b,) if batched else ()), length, h, s.d, dtype=dtype)}
+    leaves.update({name: c.normal(h, s.d, dtype=dtype) for name, there in (("u", u), ("v", v)) if there})
+    row = oracle.distance(s.lq, s.lk) - first
+    row = row.masked_fill((row < 0) | (row >= length), -1)
+
+    def score(t):
+        zero = t["query"].new_zeros(())
+        queries = t["query"] + (t["v"].to(c.dtype).to(t["query"].dtype).unsqueeze(1) if v else zero)
+        value = query_rows(queries, t["r"].transpose(-2, -3), row)
+        if u:
+            shift = t["u"].to(t["key"].dtype).expand(s.hq, s.d).view(1, s.hq, 1, s.d)
+            keys = t["key"].repeat_interleave(s.hq // s.hkv, 1)
+            value = value + oracle.matmul(shift.expand(s.b, -1, -1, -1), keys.transpose(-1, -2))
+        return value * c.scale
+
+    def build(t):
+        return _pyext().bias.transformer_xl(t["r"], t.get("u"), t.get("v"), given)
+
+    return Term("bias", build, {name: leaf.requires_grad_() for name, leaf in leaves.items()}, score)
+
+
+@part
+def shaw(c: Context, max_distance=5, heads="", dtype=None) -> Term:
+    s = c.shape
+    size = {"": (), "h": (s.hq,), "1": (1,)}[heads]
+    rel_key = c.normal(*size, 2 * max_distance + 1, s.d, dtype=dtype).requires_grad_()
+    row = oracle.distance(s.lq, s.lk).clamp(-max_distance, max_distance) + max_distance
+    return Term(
+        "bias",
+        lambda t: _pyext().bias.shaw(t["rel_key"], max_distance),
+        {"rel_key": rel_key},
+        lambda t: query_rows(t["query"], t["rel_key"], row) * c.scale,
+    )
+
+
+@part
+def disentangled(
+    c: Context, terms="both", buckets=None, max_position=12, heads="h", batched=False, scale=None, dtype=None
+) -> Term:
+    """terms: c2p, p2c or both. scale: its own, or attention's."""
+    s, span = c.shape, buckets or max_position
+    size = *((s.b,) if batched else ()), s.hq if heads == "h" else 1, 2 * span, s.d
+    names = [name for name, term in (("pos_key", "c2p"), ("pos_query", "p2c")) if terms in ("both", term)]
+    leaves = {name: c.normal(*size, dtype=dtype).requires_grad_() for name in names}
+    position = -oracle.distance(s.lq, s.lk)
+    if buckets:
+        position = oracle.deberta_bucket(position, buckets, max_position)
+    row = (position + span).clamp(0, 2 * span - 1)
+
+    def score(t):
+        value = t["query"].new_zeros(())
+        if "pos_key" in t:
+            value = value + query_rows(t["query"], t["pos_key"], row)
+        if "pos_query" in t:
+            value = value + key_rows(t["key"], t["pos_query"], row, s.hq)
+        return value * (c.scale if scale is None else scale)
+
+    def build(t):
+        numbers = dict(buckets=buckets, max_position=max_position, scale=scale)
+        return _pyext().bias.disentangled(t.get("pos_key"), t.get("pos_query"), **numbers)
+
+    return Term("bias", build, leaves, score)
+
+
+@part
+def segment(c: Context, which="bhq", batched=True, count=2, dtype=None) -> Term:
+    s = c.shape
+    values = c.normal(*_broadcast_size(s, which), 2, dtype=dtype).requires_grad_()
+    size = (s.b,) if batched else ()
+    seg_q, seg_k = c.integers(0, count - 1, *size, s.lq), c.integers(0, count - 1, *size, s.lk)
+    same = (seg_q.unsqueeze(-1) == seg_k.unsqueeze(-2)).view(-1, 1, s.lq, s.lk)
+    return Term(
+        "bias",
+        lambda t: _pyext().bias.segment(t["scores"], seg_q, seg_k),
+        {"scores": values},
+        lambda t: torch.where(same, t["scores"][..., 1:], t["scores"][..., :1]),
     )

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import pyext
 from support import backends, layouts
-from support.backends import on_backend
 from support.cases import DTYPES, Case, compare, expected, refused, run
 from support.parts import (
     Shape,
@@ -224,14 +223,13 @@ def test_any_packed_call(call, heads, dims, softcap, dropout, seed):
     results = []
     for backend in backends.ALL:
         with backend.selected():
-            out, lse = on_backend(
-                pyext.varlen_attention,
-                backend.impl,
+            out, lse = pyext.varlen_attention(
                 *(q, k, v, cu_q, cu_k),
                 enable_gqa=True,
                 return_lse=True,
                 dropout_p=dropout,
                 generator=torch.Generator().manual_seed(seed),
+                impl=backend.impl,
                 **options,
             )
             weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)

@@ -7,7 +7,6 @@ import torch
 
 import pyext
 from support import oracle, parts
-from support.backends import on_backend
 from support.cases import on_threads
 from support.tolerance import assert_close_to_reference
 
@@ -179,9 +178,9 @@ def results(leaves, cotangents, out, lse):
 
 def packed(feature, lengths, leaves, cotangents, impl, threads=2):
     tensors = *(leaves[n] for n in "qkv"), offsets(lengths[0]), offsets(lengths[1])
-    options = dict(options_for(feature, leaves), enable_gqa=True, return_lse=True)
+    options = dict(options_for(feature, leaves), enable_gqa=True, return_lse=True, impl=impl)
     with on_threads(threads):
-        return results(leaves, cotangents, *on_backend(pyext.varlen_attention, impl, *tensors, **options))
+        return results(leaves, cotangents, *pyext.varlen_attention(*tensors, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -218,7 +217,7 @@ def test_equals_single_calls(heads, feature, cpu, seed):
     if options.pop("is_causal", False):
         options["mask"] = pyext.masks.causal()
     single = [
-        on_backend(pyext.attention, cpu.impl, *qkv, enable_gqa=True, return_lse=True, **options)
+        pyext.attention(*qkv, enable_gqa=True, return_lse=True, impl=cpu.impl, **options)
         for qkv in sequences(leaves, lengths)
     ]
     wanted = results(leaves, cotangents, *pack(*zip(*single)))

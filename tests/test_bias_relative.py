@@ -14,7 +14,6 @@ from pyext import bias as module
 from pyext.bias._base import row_table
 from pyext.reference.attention import scores
 from support import oracle
-from support.backends import on_backend
 
 REACH = torch.arange(-5000, 5001)
 
@@ -479,11 +478,11 @@ def test_packed(name, softcap, backend):
     q, k = normal(11, 3, 8), normal(14, 3, 8)
     options = dict(bias=make(*leaves), return_lse=True, softcap=softcap)
     offsets = torch.tensor(rows), torch.tensor(cols)
-    out, lse = on_backend(pyext.varlen_attention, backend.impl, q, k, k, *offsets, **options)
+    out, lse = pyext.varlen_attention(q, k, k, *offsets, **options, impl=backend.impl)
     each = []
     for n in range(3):
         query, key = (x[a[n] : a[n + 1]].transpose(0, 1)[None] for x, a in ((q, rows), (k, cols)))
-        each.append(on_backend(pyext.attention, backend.impl, query, key, key, **options))
+        each.append(pyext.attention(query, key, key, **options, impl=backend.impl))
     wanted = torch.cat([o[0].transpose(0, 1) for o, _ in each])
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(lse, torch.cat([x[0] for _, x in each], dim=1), rtol=1e-10, atol=1e-12)
@@ -509,14 +508,14 @@ def test_empty_calls_train(name, lengths, backend):
     """No distances at all are legal, and the leaves get gradients of zeros."""
     make, draw = PACKED[name]
     leaves, q, k = draw(), normal(2, 3, lengths[0], 8), normal(2, 3, lengths[1], 8)
-    out = on_backend(pyext.attention, backend.impl, q, k, k, bias=make(*leaves))
+    out = pyext.attention(q, k, k, bias=make(*leaves), impl=backend.impl)
     assert out.shape == q.shape
     out.sum().backward()
     for leaf in leaves:
         assert leaf.grad is None or (leaf.grad.abs() < 1e-12).all()
     offsets = [torch.tensor([0, n]) for n in lengths]
     q, k = (x.detach()[0].transpose(0, 1) for x in (q, k))
-    on_backend(pyext.varlen_attention, backend.impl, q, k, k, *offsets, bias=make(*leaves)).sum().backward()
+    pyext.varlen_attention(q, k, k, *offsets, bias=make(*leaves), impl=backend.impl).sum().backward()
 
 
 def test_u_outside_of_the_softcap_is_full_precision_under_autocast():
@@ -556,7 +555,7 @@ def test_no_heads(backend):
         DIS(None, ONES(1, 8, 4), max_position=4),
     ):
         for softcap in (None, 1.0):
-            out = on_backend(pyext.attention, backend.impl, q, q, q, bias=bias, softcap=softcap)
+            out = pyext.attention(q, q, q, bias=bias, softcap=softcap, impl=backend.impl)
             assert out.shape == (2, 0, 5, 4)
 
 
@@ -564,9 +563,9 @@ def test_autocast_casts_rows(backend):
     q = torch.randn(2, 4, 9, 8, requires_grad=True)
     r, u = torch.randn(17, 4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = on_backend(pyext.attention, backend.impl, q, q, q, bias=XL(r, u, u))
+        out = pyext.attention(q, q, q, bias=XL(r, u, u), impl=backend.impl)
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     assert r.grad.dtype == u.grad.dtype == torch.float32 and r.grad.abs().sum() > 0
-    plain = on_backend(pyext.attention, backend.impl, q, q, q, bias=XL(r, u, u))
+    plain = pyext.attention(q, q, q, bias=XL(r, u, u), impl=backend.impl)
     torch.testing.assert_close(out.float(), plain, rtol=0.05, atol=0.1)

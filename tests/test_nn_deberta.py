@@ -7,7 +7,6 @@ import torch
 
 import pyext
 from pyext.nn.deberta import convert_v1
-from support.backends import kernels_or_auto
 
 HIDDEN, HEADS, BATCH, LENGTH = 24, 3, 2, 37
 TERMS = (["c2p", "p2c"], ["c2p"], ["p2c"], [])
@@ -92,7 +91,7 @@ def compare(ours, theirs, dtype, rows, names, relative_pos=None, padded=True):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_v2(kind, terms, dtype, backend):
     theirs = v2(kind, terms)
-    ours = ours_like(theirs, kernels_or_auto(backend))
+    ours = ours_like(theirs, backend.impl)
     ours.load_state_dict(theirs.state_dict())  # strict: the same names and shapes
     theirs.load_state_dict(ours.state_dict())
     rows = 2 * theirs.pos_ebd_size + 5  # what lies beyond 2 * span is not read
@@ -105,7 +104,7 @@ def test_equals_v1(terms, dtype, backend):
     from transformers.models.deberta.modeling_deberta import build_relative_position
 
     theirs = v1(terms)
-    ours = ours_like(theirs, kernels_or_auto(backend))
+    ours = ours_like(theirs, backend.impl)
     ours.load_state_dict(convert_v1(theirs.state_dict(), HEADS))
     relative_pos = build_relative_position(torch.zeros(LENGTH, 1), torch.zeros(LENGTH, 1))
     compare(ours.eval(), theirs, dtype, 40, (), relative_pos)

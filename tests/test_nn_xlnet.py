@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import pyext
-from support.backends import kernels_or_auto
 
 D_MODEL, HEADS, WIDTH, BATCH, LENGTH, MEMORY = 24, 3, 8, 2, 13, 7
 TOLERANCE = {torch.float64: dict(rtol=1e-9, atol=1e-10), torch.float32: dict(rtol=1e-4, atol=1e-4)}
@@ -50,7 +49,7 @@ def permutation_masks(dtype):
 @pytest.mark.parametrize("batched", [True, False], ids=["r per batch", "one r"])
 def test_equals_published(streams, batched, dtype, backend):
     theirs = published()
-    ours = pyext.nn.XLNetAttention(D_MODEL, HEADS, impl=kernels_or_auto(backend)).eval()
+    ours = pyext.nn.XLNetAttention(D_MODEL, HEADS, impl=backend.impl).eval()
     ours.load_state_dict(theirs.state_dict())  # strict: the same names and shapes
     theirs.load_state_dict(ours.state_dict())
     ours, theirs = ours.to(dtype), theirs.to(dtype)
@@ -95,7 +94,7 @@ def test_equals_published(streams, batched, dtype, backend):
 
 def test_segments_of_keys_and_structured_masks(backend):
     """seg_k given, masks as objects, no memory, sinusoids made here."""
-    module = seeded(pyext.nn.XLNetAttention(D_MODEL, HEADS, WIDTH, impl=kernels_or_auto(backend))).double()
+    module = seeded(pyext.nn.XLNetAttention(D_MODEL, HEADS, WIDTH, impl=backend.impl)).double()
     h = torch.randn(LENGTH, BATCH, D_MODEL, dtype=torch.float64)
     seg = torch.randint(0, 3, (BATCH, LENGTH))
     hidden = torch.ones(LENGTH, LENGTH).triu(1)[..., None, None]
@@ -123,7 +122,7 @@ def test_xlnet_model_end_to_end(backend):
     class Adapter(torch.nn.Module):
         def __init__(self, theirs):
             super().__init__()
-            self.ours = pyext.nn.XLNetAttention(D_MODEL, HEADS, impl=kernels_or_auto(backend)).eval()
+            self.ours = pyext.nn.XLNetAttention(D_MODEL, HEADS, impl=backend.impl).eval()
             self.ours.load_state_dict(theirs.state_dict())
 
         def forward(self, h, g, mask_h, mask_g, r, seg_mat, mems=None, target_mapping=None, output_attentions=False):
@@ -161,7 +160,7 @@ def transformer_xl_by_the_paper(module, w, mems, hidden, normalize):
 @pytest.mark.parametrize("norm", ["post", "pre", "none"])
 @pytest.mark.parametrize("direction", ["causal", "both"])
 def test_transformer_xl_is_the_paper(direction, norm, memory, backend):
-    options = dict(pre_lnorm=norm == "pre", normalize=norm != "none", impl=kernels_or_auto(backend))
+    options = dict(pre_lnorm=norm == "pre", normalize=norm != "none", impl=backend.impl)
     module = seeded(pyext.nn.TransformerXLAttention(HEADS, D_MODEL, WIDTH, **options)).double()
     w, mems = (torch.randn(n, BATCH, D_MODEL, dtype=torch.float64, requires_grad=True) for n in (LENGTH, memory))
     keys = LENGTH + memory

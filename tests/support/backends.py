@@ -64,24 +64,3 @@ def cpu_kernels_expected() -> bool:
 
 CPU = _wanted(_cpu())
 ALL = _wanted([Backend("reference")]) + CPU
-
-
-def on_backend(function, impl: str, *args, **kwargs):
-    """function(..., impl=impl). Where the CPU kernels of this build do not know relative rows, on the reference."""
-    try:
-        return function(*args, impl=impl, **kwargs)
-    except NotImplementedError as error:
-        if "no CPU kernel for rel_index" not in str(error) and "no CPU kernel for segment" not in str(error):
-            raise
-        return function(*args, impl="auto", **kwargs)
-
-
-def kernels_or_auto(backend: Backend) -> str:
-    """`impl` for a module with relative rows: the backend, or auto where its kernels do not know them."""
-    import torch
-
-    import pyext
-
-    q = torch.zeros(1, 1, 2, 4)
-    bias = pyext.bias.shaw(torch.zeros(3, 4), 1)
-    return backend.impl if pyext.explain(pyext.attention, q, q, q, bias=bias)[backend.impl] == "accepts" else "auto"

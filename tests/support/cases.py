@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from . import layouts, oracle
-from .backends import on_backend
 from .parts import Context, Part, Shape, Term
 from .tolerance import assert_close_to_reference
 
@@ -153,16 +152,8 @@ def run(drawn: Drawn, impl: str, threads: int = 2) -> dict[str, Tensor]:
         pytest.skip("the CPU kernels know no block tables")
     q, k, v = (drawn.leaves[name] for name in ("query", "key", "value"))
     with on_threads(threads):
-        out, lse = on_backend(pyext.attention, impl, q, k, v, return_lse=True, **arguments(drawn))
+        out, lse = pyext.attention(q, k, v, return_lse=True, impl=impl, **arguments(drawn))
         return _with_gradients(drawn, drawn.leaves, out, lse)
-
-
-def has_kernel(drawn: Drawn) -> bool:
-    """Whether the CPU kernels of this build take the case."""
-    import pyext
-
-    q, k, v = (drawn.leaves[name] for name in ("query", "key", "value"))
-    return pyext.explain(pyext.attention, q, k, v, **arguments(drawn))["cpu"] == "accepts"
 
 
 def run_dense(drawn: Drawn, dtype: torch.dtype, keep: Tensor | None = None) -> dict[str, Tensor]:

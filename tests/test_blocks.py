@@ -136,14 +136,14 @@ def test_by_parts(which, dtype, backend, session_seed, monkeypatch):
     attend = _passes.attend
     monkeypatch.setattr(_passes, "attend", lambda *args: called.append(1) or attend(*args))
     check(which, dtype, backend, session_seed)
-    assert called
+    assert bool(called) == (backend.impl != "reference")
 
 
 @pytest.mark.parametrize("which", REORDERED[:5] + FEATURES[3:5], ids=str)
 def test_both_ways_agree(which, backend, seed, monkeypatch):
     """fp64 through the reordered parts, where there are any, and through the block table of the reference."""
     drawn = draw(which, torch.float64, seed)
-    monkeypatch.setattr(_passes, "LEAST_QUERIES", 0)
+    monkeypatch.setattr(_passes, "LEAST_QUERIES", 9)
     parts = run(drawn, backend.impl)
     monkeypatch.setattr(_passes, "LEAST_QUERIES", 10**9)
     table = run(drawn, "reference")

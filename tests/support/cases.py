@@ -9,7 +9,6 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 
 from . import layouts, oracle
@@ -134,22 +133,10 @@ def arguments(drawn: Drawn) -> dict:
     return kwargs
 
 
-def refused(drawn: Drawn, impl: str) -> bool:
-    """Whether the kernels refuse the block table of this case, for which there are none yet."""
-    import pyext
-
-    if impl != "cpu":
-        return False
-    q, k, v = (drawn.leaves[name] for name in ("query", "key", "value"))
-    return pyext.explain(pyext.attention, q, k, v, **arguments(drawn))["cpu"] == "no CPU kernel for block_offsets"
-
-
 def run(drawn: Drawn, impl: str, threads: int = 2) -> dict[str, Tensor]:
     """out, lse and the gradient of every leaf, by pyext on that many threads."""
     import pyext
 
-    if refused(drawn, impl):
-        pytest.skip("the CPU kernels know no block tables")
     q, k, v = (drawn.leaves[name] for name in ("query", "key", "value"))
     with on_threads(threads):
         out, lse = pyext.attention(q, k, v, return_lse=True, impl=impl, **arguments(drawn))

@@ -105,6 +105,19 @@ def test_packed_sequences(given, backend):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["strided", "permutation"])
+def test_masks_that_reorder_the_sequence(name, backend):
+    """A token is rotated by its own position, wherever a mask in several passes moves it."""
+    masks = pyext.masks
+    mask = masks.strided(5) & masks.causal() if name == "strided" else masks.permutation(torch.randperm(40))
+    q, k, v, cos, sin = leaves = leaves_of(*SHAPES["self"], torch.float64)
+    got = pyext.attention(q, k, v, mask=mask, rotary=pyext.Rotary(cos, sin), impl=backend.impl)
+    turned = (pyext.rotary(x, cos, sin, impl=backend.impl) for x in (q, k))
+    wanted = pyext.attention(*turned, v, mask=mask, impl=backend.impl)
+    for a, b in zip(gradients(got, leaves), gradients(wanted, leaves)):
+        assert torch.equal(a, b)
+
+
 def test_token_by_token_equals_all_at_once(backend):
     """Causal decoding, one query at a time against the keys so far."""
     q, k, v, cos, sin = (x.detach() for x in leaves_of(1, 4, 2, 20, 20, 32, 32, torch.float64))

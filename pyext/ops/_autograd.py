@@ -13,8 +13,8 @@ TENSORS = _FIELDS.index("seed") + 1  # the tensors come first: query, key, value
 _ARGUMENTS = len(_FIELDS)
 # What `attention_backward` returns, which of it only on demand, and what has the dtype and layout of the outputs (the
 # others come in the accumulation dtype).
-_GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
-_OPTIONAL_GRADIENTS = ("dense", "diag", "rel_q", "rel_k", "segment")
+GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
+OPTIONAL_GRADIENTS = ("dense", "diag", "rel_q", "rel_k", "segment")
 _LIKE_QUERY = ("query", "key", "value", "rel_query")
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _library = torch.library.Library("pyext", "IMPL")  # the registrations live as long as this object
@@ -33,7 +33,7 @@ def _forward_fake(query, key, value, *rest):
 
 def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, *rest):
     problem = AttentionProblem(query, key, value, *rest[: _ARGUMENTS - 3])
-    need = dict(zip(_OPTIONAL_GRADIENTS, rest[_ARGUMENTS - 3 :], strict=True))
+    need = dict(zip(OPTIONAL_GRADIENTS, rest[_ARGUMENTS - 3 :], strict=True))
 
     def gradient(name):
         tensor = getattr(problem, name)
@@ -42,7 +42,7 @@ def _backward_fake(grad_out, grad_lse, query, key, value, out, lse, *rest):
             return _like_output(tensor, *shape[1:])
         return query.new_empty(shape, dtype=acc_dtype(query.dtype))
 
-    return tuple(map(gradient, _GRADIENTS))
+    return tuple(map(gradient, GRADIENTS))
 
 
 class _Attention(torch.autograd.Function):
@@ -69,9 +69,9 @@ class _Attention(torch.autograd.Function):
         need = dict(zip(_FIELDS, ctx.needs_input_grad[1:], strict=True))
         grads = torch.ops.pyext.attention_backward.default(
             grad_out, grad_lse, query, key, value, out, lse, *optional, *ctx.numbers,
-            *(need[name] for name in _OPTIONAL_GRADIENTS),
+            *(need[name] for name in OPTIONAL_GRADIENTS),
         )  # fmt: skip
-        named = dict(zip(_GRADIENTS, grads, strict=True))
+        named = dict(zip(GRADIENTS, grads, strict=True))
         dtypes = {name: tensor.dtype for name, tensor in zip(_FIELDS, inputs, strict=False) if tensor is not None}
         return None, *(named[name].to(dtypes[name]) if need[name] and name in named else None for name in _FIELDS)
 

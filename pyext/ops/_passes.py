@@ -1,83 +1,153 @@
-"""Masks that are run part by part, on reordered positions, and merged by LSE (see `masks._parts`)."""
+"""Masks that the kernels run part by part, on reordered positions (see `masks._parts`).
+
+    lse = log sum_p exp(lse_p),  out = sum_p exp(lse_p - lse) out_p:
+
+the parts are disjoint, so their softmax denominators add up. Backward needs no derivative of that merge: with the
+probabilities P = exp(S - lse) of the whole, dS = P (dP - delta), delta = <dout, out> - dlse, holds for every pair of
+query and key, so each part runs the ordinary backward with the out and lse of the whole, and the gradients add up.
+"""
 
 import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .._primitives import AttentionProblem, Sizes, acc_dtype
+from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
+from ..masks import Mask
 from ..masks._parts import Order, Pass
+from . import _autograd
 
-#: Below so many queries gathering the keys costs more than the tiles it saves.
+#: Below so many queries gathering the keys costs more than the tiles it saves. The kernels for very few queries take
+#: the lse of their own tiles in backward, so that it cannot become fewer than those (8).
 LEAST_QUERIES = 256
+_CHUNK = 2**18  # elements that are merged at a time, so that they stay in the cache
 
 
-def of(mask, sizes: Sizes, right: int, dropout_p: float) -> tuple[Pass, ...] | None:
-    """The passes that compute a call with this mask and no bias exactly, or None where the flat problem is the way."""
-    if mask is None or not mask.reorders or dropout_p or sizes.queries < LEAST_QUERIES or sizes.keys == 0:
-        return None
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return None
-    return mask.passes(sizes, right)
+class Reordered(NamedTuple):
+    """A mask as passes, and as itself for a backend that does not reorder."""
+
+    passes: tuple[Pass, ...]
+    mask: Mask
+    sizes: Sizes
+
+    def masked(self, problem: AttentionProblem) -> AttentionProblem:
+        """The problem, made without this mask, with it."""
+        lowered = self.mask.lower(self.sizes)
+        return problem._replace(**{**lowered._asdict(), "right": min(lowered.right, problem.right)})
 
 
-def attend(problem: AttentionProblem, passes: tuple[Pass, ...], run: Callable) -> tuple[Tensor, Tensor]:
-    """out and lse of `problem` under the mask that the passes make up; run(problem) computes one pass.
+def reordered(mask: Mask, sizes: Sizes, right: int = UNBOUNDED) -> Reordered | None:
+    """The passes that compute a call with this mask, without bias and dropout; None where the flat problem is the way.
 
-    out = sum_p exp(lse_p - lse) out_p, lse = log sum_p exp(lse_p): the parts are disjoint. The sinks, one more logit
-    per row, take part in the first pass.
+    Args:
+        right: the largest visible distance, besides the mask.
     """
-    outs, lses = [], []
-    for n, step in enumerate(passes):
-        query, key, value = problem.query, problem.key, problem.value
-        if step.queries is not None:
-            query = _reordered(query, step.queries)
-            key, value = _reordered(key, step.keys), _reordered(value, step.keys)
-        sinks = problem.sinks if n == 0 else None
-        part = problem._replace(query=query, key=key, value=value, sinks=sinks, **step.limits._asdict())
-        out, lse = run(part)
-        if step.queries is not None:
-            back = Order(step.queries.inverse, step.queries.forward)
-            out, lse = _reordered(out, back), _reordered(lse[..., None], back)[..., 0]
-        outs.append(out)
-        lses.append(lse)
-    return (outs[0], lses[0]) if len(outs) == 1 else _merged(outs, lses, acc_dtype(problem.query.dtype))
+    if not mask.reorders or sizes.queries < LEAST_QUERIES or sizes.keys == 0:
+        return None
+    passes = mask.passes(sizes, right)
+    return None if passes is None else Reordered(passes, mask, sizes)
 
 
-def _merged(outs: list[Tensor], lses: list[Tensor], acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    # The maximum cancels, so it takes no part in differentiation. Where no part sees a key it is -inf: 0 stands in.
-    top = functools.reduce(torch.maximum, [lse.detach() for lse in lses])
-    top = top.masked_fill(top == -torch.inf, 0.0)
+def attend(problem: AttentionProblem, passes: tuple[Pass, ...]) -> tuple[Tensor, Tensor]:
+    """out and lse of `problem` under the mask that the passes make up."""
+    return _Attend.apply(passes, problem.scale, problem.softcap, *problem[:3], problem.sinks)
+
+
+class _Attend(torch.autograd.Function):
+    """All passes; saves the inputs, out and lse."""
+
+    @staticmethod
+    def forward(ctx, passes, scale, softcap, query, key, value, sinks):
+        problem = AttentionProblem(query, key, value, sinks=sinks, scale=scale, softcap=softcap)
+        outs, lses = [], []
+        for n, step in enumerate(passes):
+            out, lse = torch.ops.pyext.attention_forward.default(*_part(problem, n, step))
+            back = _inverse(step.queries)
+            outs.append(_reordered(out, back))
+            lses.append(_reordered(lse[..., None], back)[..., 0])
+        out, lse = (outs[0], lses[0]) if len(passes) == 1 else _merged(outs, lses)
+        ctx.set_materialize_grads(False)
+        ctx.passes, ctx.scale, ctx.softcap = passes, scale, softcap
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            if grad_lse is None:
+                return (None,) * 7
+            grad_out = torch.zeros_like(out)
+        problem = AttentionProblem(query, key, value, sinks=sinks, scale=ctx.scale, softcap=ctx.softcap)
+        total = None
+        for n, step in enumerate(ctx.passes):
+            part = _part(problem, n, step)
+            outer = [_reordered(x, step.queries) for x in (grad_out, out)]
+            rows = [None if x is None else _reordered(x[..., None], step.queries)[..., 0] for x in (grad_lse, lse)]
+            found = torch.ops.pyext.attention_backward.default(
+                outer[0], rows[0], *part[:3], outer[1], rows[1], *part[3:],
+                *(False for _ in _autograd.OPTIONAL_GRADIENTS),
+            )  # fmt: skip
+            named = dict(zip(_autograd.GRADIENTS, found, strict=True))
+            orders = (step.queries, step.keys, step.keys)
+            grads = [_reordered(named[name], _inverse(order)) for name, order in zip(("query", "key", "value"), orders)]
+            if total is None:
+                total = [*grads, None if sinks is None else named["sinks"]]
+            else:
+                total[:3] = [a + b for a, b in zip(total[:3], grads, strict=True)]
+        need = ctx.needs_input_grad[3:]
+        return None, None, None, *(grad if needed else None for grad, needed in zip(total, need, strict=True))
+
+
+def _part(problem: AttentionProblem, n: int, step: Pass) -> AttentionProblem:
+    """The problem of one pass. The sinks, one more logit per row, are with the first."""
+    return problem._replace(
+        query=_reordered(problem.query, step.queries),
+        key=_reordered(problem.key, step.keys),
+        value=_reordered(problem.value, step.keys),
+        sinks=problem.sinks if n == 0 else None,
+        **step.limits._asdict(),
+    )
+
+
+def _merged(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    top = functools.reduce(torch.maximum, lses)
+    top = top.masked_fill(top == -torch.inf, 0.0)  # no part sees a key
     weights = [torch.exp(lse - top) for lse in lses]
-    total = sum(weights)
-    unseen = total == 0
-    total = total.masked_fill(unseen, 1.0)
-    lse = (top + torch.log(total)).masked_fill(unseen, -torch.inf)
-    out = sum((weight / total).to(acc)[..., None] * part for weight, part in zip(weights, outs, strict=True))
-    return out.to(outs[0].dtype), lse
+    total = sum(weights[1:], weights[0])
+    lse = top + torch.log(total)
+    dtype = acc_dtype(outs[0].dtype)
+    total = total.masked_fill(total == 0, 1.0)
+    weights = [(weight / total).to(dtype)[..., None] for weight in weights]
+    if torch.compiler.is_compiling():  # which fuses this itself
+        return _weighted(outs, weights).to(outs[0].dtype), lse
+    out = torch.empty_like(outs[0])
+    length = out.shape[2]
+    step = max(1, _CHUNK * length // max(out.numel(), 1))
+    for begin in range(0, length, step):
+        rows = slice(begin, begin + step)
+        out[:, :, rows] = _weighted([x[:, :, rows] for x in outs], [x[:, :, rows] for x in weights])
+    return out, lse
 
 
-class _Reorder(torch.autograd.Function):
-    """x (B, L, H, D) with its positions in another order.
-
-    Its gradient is a selection too; those of index_select and gather add row by row, in no fixed order on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, forward, inverse):
-        ctx.save_for_backward(forward, inverse)
-        if forward.shape[0] == 1:
-            return x.index_select(1, forward[0])
-        return x.gather(1, forward[:, :, None, None].expand_as(x))
-
-    @staticmethod
-    def backward(ctx, grad):
-        forward, inverse = ctx.saved_tensors
-        return _Reorder.apply(grad, inverse, forward), None, None
+def _weighted(outs: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """sum_p weights[p] outs[p] in the dtype of the weights."""
+    result = outs[0].to(weights[0].dtype) * weights[0]
+    for out, weight in zip(outs[1:], weights[1:], strict=True):
+        result = torch.addcmul(result, out.to(weight.dtype), weight)
+    return result
 
 
-def _reordered(x: Tensor, order: Order) -> Tensor:
-    """x (B, H, L, D), laid out as (B, L, H, D) afterwards."""
-    return _Reorder.apply(x.transpose(1, 2), *order).transpose(1, 2)
+def _inverse(order: Order | None) -> Order | None:
+    return None if order is None else Order(order.inverse, order.forward)
+
+
+def _reordered(x: Tensor, order: Order | None) -> Tensor:
+    """x (B, H, L, D) with its positions in another order, laid out as (B, L, H, D); None: as it is."""
+    if order is None:
+        return x
+    x, forward = x.transpose(1, 2), order.forward
+    if forward.shape[0] == 1:
+        return x.index_select(1, forward[0]).transpose(1, 2)
+    return x.gather(1, forward[:, :, None, None].expand_as(x)).transpose(1, 2)

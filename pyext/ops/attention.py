@@ -144,30 +144,27 @@ def varlen_attention(
 class _Call(NamedTuple):
     """A call, validated and lowered."""
 
-    problem: AttentionProblem  # with passes: without a mask
+    problem: AttentionProblem
     prefix: tuple[int, ...] | None = None  # what the output has before (Lq, Dv), see `_shapes`
     rotation: _rotary.Rotation | None = None  # of query and key
-    passes: tuple[_passes.Pass, ...] | None = None  # the mask as several runs of the op
+    reordered: _passes.Reordered | None = None  # the mask, which the problem then lacks, as several runs of the op
 
 
 def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
     """Choose the backend and call it: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), which kernels give in fp64."""
-    problem = call.problem
-    if call.rotation is None:
+    problem, rotation = call.problem, call.rotation
+    if rotation is None:
         backend = _dispatch.choose(op, impl, problem)
     else:
-        backend = _dispatch.choose(op, impl, (*problem, *call.rotation.query, *call.rotation.key))
-        problem = call.rotation.apply(problem, backend)
-    run = functools.partial(_on, backend)
-    if call.passes is not None:
-        return _passes.attend(problem, call.passes, run)
+        backend = _dispatch.choose(op, impl, (*problem, *rotation.query, *rotation.key))
+        problem = rotation.apply(problem, backend)
+    if call.reordered is not None:
+        if backend != "reference":
+            return _passes.attend(problem, call.reordered.passes)
+        problem = call.reordered.masked(problem)
     if problem.dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
         problem = problem._replace(seed=seed)
-    return run(problem)
-
-
-def _on(backend: str, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return _reference(problem)
     forward = torch.ops.pyext.attention_forward.default
@@ -191,7 +188,7 @@ def _prepare(
     """Validate and lower a call of `attention`."""
     query, key, value = _inputs(("query", "key", "value"), query, key, value)
     query, key, value, lead, prefix = four_dims(query, key, value, _checks.flag("enable_gqa", enable_gqa))
-    right, passes = UNBOUNDED, None
+    right, reordered = UNBOUNDED, None
     if _checks.flag("is_causal", is_causal):
         if attn_mask is not None:
             raise ValueError(
@@ -207,11 +204,12 @@ def _prepare(
         if _is_causal_bias(attn_mask):
             right, attn_mask = _causal_right(attn_mask, sizes), None
         bias, mask = _absorb_attn_mask(attn_mask, bias, _as_mask(mask))
-        if bias is None:
-            passes = _passes.of(mask, sizes, right, dropout_p)
-        lowered = _lower(bias, None if passes else mask, sinks, right, sizes, (query, key, scale, softcap))
+        if mask is not None and bias is None and dropout_p == 0:
+            reordered = _passes.reordered(mask, sizes, right)
+        lowered = _lower(bias, None if reordered else mask, sinks, right, sizes, (query, key, scale, softcap))
+    rotation = _rotation(rotary, ("query", "key"), query, key, lowered)
     problem = _problem(query, key, value, lowered, None, None, scale, softcap, dropout_p)
-    return _Call(problem, prefix, _rotation(rotary, ("query", "key"), query, key, lowered), passes)
+    return _Call(problem, prefix, rotation, reordered)
 
 
 def _prepare_varlen(
@@ -234,8 +232,8 @@ def _prepare_varlen(
     scale, softcap = _factors(scale, softcap, q.shape[2])
     sizes = Sizes((), q.shape[1], q.shape[0], k.shape[0], q.device, acc_dtype(q.dtype), cu_q, cu_k)
     lowered = _lower(bias, _as_mask(mask), sinks, right, sizes, (query, key, scale, softcap))
-    problem = _problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p)
-    return _Call(problem, rotation=_rotation(rotary, ("q", "k"), query, key, lowered, cu_q, cu_k))
+    rotation = _rotation(rotary, ("q", "k"), query, key, lowered, cu_q, cu_k)
+    return _Call(_problem(query, key, value, lowered, cu_q, cu_k, scale, softcap, dropout_p), rotation=rotation)
 
 
 def _rotation(rotary, names, query, key, lowered: dict, *offsets) -> _rotary.Rotation | None:
@@ -405,9 +403,9 @@ def _offsets(name: str, value, packed: Tensor) -> Tensor:
 
 def _explain(prepare, return_lse, generator, deterministic, **call):
     """What `_dispatch.explain` asks of an op: all of a call but running it."""
-    prepared = prepare(**call)
-    _check_options(return_lse, generator, deterministic, prepared.problem)
-    return prepared.problem
+    problem = prepare(**call).problem
+    _check_options(return_lse, generator, deterministic, problem)
+    return problem
 
 
 _dispatch.register(attention, functools.partial(_explain, _prepare))

@@ -74,6 +74,10 @@ class Lowered(NamedTuple):
             fields["query"] = _shifted(sizes.query, self.key_shift)
         if self.rel_rule is not None:
             fields["rel_index"] = self.rel_rule.index(sizes)
+            for name in ("rel_q", "rel_k"):
+                if fields[name] is not None and fields[name].shape[2] == 0:
+                    # of a call without distances: kernels know a table that is there by its address
+                    fields[name] = torch.nn.functional.pad(fields[name], (0, 0, 0, 1))
         if self.rel_q is not None:
             shared = self.rel_shift is self.key_shift and self.rel_shift is not None
             fields["rel_query"] = fields["query"] if shared else _shifted(sizes.query, self.rel_shift)

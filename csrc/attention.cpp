@@ -263,8 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor grad_key = empty_rows(a.query, p.batch, p.kv_heads, p.k_len, p.head_dim, false);
   Tensor grad_value = empty_rows(a.query, p.batch, p.kv_heads, p.k_len, p.value_dim, false);
   p.grad_query = view<Output>(grad_query), p.grad_key = view<Output>(grad_key), p.grad_value = view<Output>(grad_value);
-  Tensor grad_rel_query =
-      a.rel_query ? empty_rows(a.query, p.batch, p.heads, p.q_len, p.head_dim, false) : empty(a.query, {0}, acc);
+  Tensor grad_rel_query = a.rel_query ? empty_rows(a.query, p.batch, p.heads, p.q_len, p.head_dim, !p.rel_q.data)
+                                      : empty(a.query, {0}, acc);
   if (a.rel_query) p.grad_rel_query = view<Output>(grad_rel_query);
   // Gradients in the accumulator type, empty where they are not wanted.
   auto gradient = [&](const MaybeTensor& of, bool needed) {

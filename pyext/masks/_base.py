@@ -196,7 +196,8 @@ def _passes(mask: Mask, sizes: Sizes, right: int) -> tuple[Pass, ...] | None:
     parts = mask.parts(sizes)
     if parts is None:
         return None
-    return tuple(resolve(part._replace(limits=part.limits.meet(Lowered(right=right))), sizes) for part in parts)
+    as_table = mask.closed and _checks.is_eager()  # what is made once may take its time
+    return tuple(resolve(part.within(Lowered(right=right)), sizes, as_table) for part in parts)
 
 
 # --- What is made once ----------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ class And(_Pair):
         if parts is None or any(part.ranks is not None for part in parts):
             return None
         limits = other.lower(sizes)
-        return tuple(part._replace(limits=part.limits.meet(limits)) for part in parts) if limits.is_range else None
+        return tuple(part.within(limits) for part in parts) if limits.is_range else None
 
     def lower(self, sizes):
         first, second = self.first.lower(sizes), self.second.lower(sizes)

@@ -37,6 +37,7 @@ SHORTER = Shape(1, 2, 2, 300, 140, 16, 16)
 BLOCKS = Shape(1, 2, 2, 256, 384, 16, 16)
 TINY = Shape(2, 2, 2, 5, 9, 8, 8)
 HEADS = Shape(2, 4, 2, 150, 200, 16, 16)
+LONG_PERMUTED = Shape(1, 2, 2, 260, 300, 16, 16)
 
 ALONE = [
     case(SELF, strided(16)),
@@ -76,6 +77,7 @@ TOGETHER = [
     case(SELF, strided(16), fixed(9, 2), function("b1qk")),
     case(BLOCKS, strided(5), window(100, 0)),
     case(LONGER, permutation(), causal()),
+    case(LONG_PERMUTED, permutation(), is_causal()),
     case(LONGER, permutation(batched=True), documents(cross=True), padding()),
     case(SELF, documents(mixed=True), prefix()),
     case(SELF, strided(16), dense_mask("bhqk")),
@@ -108,6 +110,7 @@ REORDERED = [
     case(LONG_GROUPED, strided(24)),
     case(LONG_CROSS, strided(7), causal()),
     case(LONG_CROSS, strided(7), is_causal()),
+    case(LONG_GROUPED, image("columns", 44, 16), is_causal(), window(90, None)),
     case(LONG_GROUPED, strided(24), causal(), window(100, None), padding(), sinks=True),
     case(LONG, strided(9), documents(batched=True), softcap=2.0, scale=0.4),
     case(LONG, prefix(), strided(9), lse=False),

@@ -34,9 +34,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def selected(pattern: str, threads: int) -> list:
-    from . import attention_cases, rotary_cases
+    from . import attention_cases, mask_cases, rotary_cases
 
-    cases = [*attention_cases.all_cases(), *rotary_cases.all_cases()]
+    cases = [*attention_cases.all_cases(), *rotary_cases.all_cases(), *mask_cases.all_cases()]
     cases = [case for case in cases if re.search(pattern, case.name)]
     if not cases:
         raise SystemExit(f"--cases {pattern!r} matches none of the cases; see --list")

@@ -23,7 +23,7 @@ LENGTHS = [(128, 128), (127, 129), (300, 300), (130, 400), (400, 130), (1, 700),
 def lower(mask, lq, lk, batch=1, heads=1):
     query, key = torch.zeros(batch, heads, lq, 4), torch.zeros(batch, heads, lk, 4)
     bias = pyext.bias.alibi(torch.zeros(heads))  # with a bias nothing is reordered
-    return _dispatch.lower(pyext.attention, query, key, key, mask=mask, bias=bias)[0]
+    return _dispatch.lower(pyext.attention, query, key, key, mask=mask, bias=bias)
 
 
 def seen(mask, lq, lk, batch=1, heads=1):
@@ -368,7 +368,7 @@ def test_fake_and_meta_tensors_get_the_dense_form():
         assert lower(masks.strided(3), 6, 6).mask.shape == (1, 1, 6, 6)
     q = torch.zeros(1, 2, 300, 4, device="meta")
     assert pyext.attention(q, q, q, mask=masks.strided(3) & masks.causal()).shape == q.shape
-    problem = _dispatch.lower(pyext.attention, q, q, q, mask=masks.fixed(3) | masks.causal())[0]
+    problem = _dispatch.lower(pyext.attention, q, q, q, mask=masks.fixed(3) | masks.causal())
     assert problem.mask.device.type == "meta" and problem.block_offsets is None
 
 

@@ -84,14 +84,24 @@ def flex_attention(
         def score_mod(score, b, h, i, j):
             return score + bias[h] * (j - i)
 
+    causal = None if kind == "t5" else lambda b, h, i, j: i >= j
+    return _compiled_flex(query, key, value, score_mod, causal)
+
+
+def masked_flex_attention(query, key, value, mask_mod) -> tuple[Callable[[], torch.Tensor] | None, str]:
+    """The same without a bias, for the pairs that mask_mod(b, h, i, j) shows."""
+    return _compiled_flex(query, key, value, None, mask_mod)
+
+
+def _compiled_flex(query, key, value, score_mod, mask_mod) -> tuple[Callable[[], torch.Tensor] | None, str]:
     try:
         from torch.nn.attention.flex_attention import create_block_mask
         from torch.nn.attention.flex_attention import flex_attention as flex
 
         with time_limit(COMPILE_SECONDS), torch.no_grad():
             block_mask = None
-            if kind == "alibi":
-                block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+            if mask_mod is not None:
+                block_mask = create_block_mask(mask_mod, None, None, query.shape[2], key.shape[2], device="cpu")
             compiled = torch.compile(flex)
             compiled(query, key, value, score_mod=score_mod, block_mask=block_mask)
     except Exception as error:  # no compiler, an unsupported CPU, a bug in there: the peer is missing, we go on

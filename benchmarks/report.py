@@ -34,9 +34,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def selected(pattern: str, threads: int) -> list:
-    from . import attention_cases, relative_cases, rotary_cases
+    from . import attention_cases, mask_cases, relative_cases, rotary_cases
 
-    cases = [*attention_cases.all_cases(), *relative_cases.all_cases(), *rotary_cases.all_cases()]
+    rooms = attention_cases, relative_cases, mask_cases, rotary_cases
+    cases = [case for room in rooms for case in room.all_cases()]
     cases = [case for case in cases if re.search(pattern, case.name)]
     if not cases:
         raise SystemExit(f"--cases {pattern!r} matches none of the cases; see --list")

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import pyext
-from support.cases import arguments, case, draw, expected, run
+from support.cases import arguments, case, draw, expected, function_of_leaves, run
 from support.parts import (
     Shape,
     alibi,
@@ -19,9 +19,13 @@ from support.parts import (
     disentangled,
     documents,
     float_attn_mask,
+    function,
+    image,
     padding,
+    permutation,
     segment,
     shaw,
+    strided,
     t5,
     transformer_xl,
     window,
@@ -41,20 +45,10 @@ GRADCHECK = [
     case(TINY, transformer_xl("past"), segment(), causal()),
     case(GROUPED, transformer_xl("few"), softcap=1.2),
     case(GROUPED, disentangled(buckets=4, max_position=9), shaw(2)),
+    case(TINY, strided(2), causal(), sinks=True),
+    case(TINY, function("bhqk", 0.4), alibi(), softcap=1.5),
+    case(TINY, permutation(batched=True), image("columns", 1, 2)),
 ]
-
-
-def function_of_leaves(drawn, impl, lse=True):
-    """(f, inputs): f(*leaves) -> (out, lse with dead rows at 0), rebuilding biases from the leaves it is given."""
-    names = list(drawn.leaves)
-
-    def call(*values):
-        drawn.leaves.update(zip(names, values))
-        q, k, v = values[:3]
-        out, lse_ = pyext.attention(q, k, v, return_lse=True, impl=impl, **arguments(drawn))
-        return (out, lse_.masked_fill(lse_ == -torch.inf, 0.0)) if lse else out
-
-    return call, tuple(drawn.leaves[name] for name in names)
 
 
 @pytest.mark.parametrize("which", GRADCHECK, ids=str)

@@ -14,11 +14,16 @@ from support.parts import (
     dense_mask,
     diagonal,
     disentangled,
+    function,
+    image,
     padding,
+    permutation,
     segment,
     shaw,
+    strided,
     t5,
     transformer_xl,
+    union,
     window,
 )
 
@@ -39,6 +44,11 @@ CASES = [
     case(LONG, transformer_xl("past"), causal()),
     case(Shape(1, 2, 1, 300, 333, 40, 24), disentangled(buckets=32, max_position=128), segment(), sinks=True),
     case(Shape(2, 4, 2, 3, 700, 64, 64), shaw(20), padding(), dropout=0.2),
+    case(Shape(1, 1, 1, 600, 600, 32, 32), strided(40), causal(), sinks=True),  # two passes
+    case(Shape(1, 4, 2, 300, 420, 24, 24), image("columns", 70, 19), padding()),
+    case(Shape(2, 2, 2, 300, 300, 16, 16), permutation(batched=True)),
+    case(Shape(1, 2, 1, 400, 500, 32, 32), function("1hqk", 0.01), t5(), sinks=True),
+    case(Shape(1, 1, 1, 500, 500, 40, 24), union(strided(30), image("conv", 50, 20)), causal(), dropout=0.2),
 ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pyext
 from pyext.ops import _passes
-from support.cases import DTYPES, case, check, draw, run
+from support.cases import DTYPES, case, check, draw, function_of_leaves, run
 from support.parts import (
     Shape,
     alibi,
@@ -37,6 +38,7 @@ SHORTER = Shape(1, 2, 2, 300, 140, 16, 16)
 BLOCKS = Shape(1, 2, 2, 256, 384, 16, 16)
 TINY = Shape(2, 2, 2, 5, 9, 8, 8)
 HEADS = Shape(2, 4, 2, 150, 200, 16, 16)
+LONG_PERMUTED = Shape(1, 2, 2, 260, 300, 16, 16)
 
 ALONE = [
     case(SELF, strided(16)),
@@ -76,6 +78,7 @@ TOGETHER = [
     case(SELF, strided(16), fixed(9, 2), function("b1qk")),
     case(BLOCKS, strided(5), window(100, 0)),
     case(LONGER, permutation(), causal()),
+    case(LONG_PERMUTED, permutation(), is_causal()),
     case(LONGER, permutation(batched=True), documents(cross=True), padding()),
     case(SELF, documents(mixed=True), prefix()),
     case(SELF, strided(16), dense_mask("bhqk")),
@@ -108,6 +111,7 @@ REORDERED = [
     case(LONG_GROUPED, strided(24)),
     case(LONG_CROSS, strided(7), causal()),
     case(LONG_CROSS, strided(7), is_causal()),
+    case(LONG_GROUPED, image("columns", 44, 16), is_causal(), window(90, None)),
     case(LONG_GROUPED, strided(24), causal(), window(100, None), padding(), sinks=True),
     case(LONG, strided(9), documents(batched=True), softcap=2.0, scale=0.4),
     case(LONG, prefix(), strided(9), lse=False),
@@ -149,3 +153,85 @@ def test_both_ways_agree(which, backend, seed, monkeypatch):
     table = run(drawn, "reference")
     for name, value in parts.items():
         torch.testing.assert_close(value, table[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Reorder short calls too."""
+    monkeypatch.setattr(_passes, "LEAST_QUERIES", 9)
+
+
+SHORT = Shape(2, 2, 1, 12, 15, 3, 2)
+GRADIENTS = [
+    case(SHORT, strided(3), causal(), sinks=True),
+    case(SHORT, image("columns", 4, 3), padding([15, 2], [9, 12]), softcap=1.5),
+    case(SHORT, image("columns", 4, 3), causal()),
+    case(SHORT, permutation(batched=True, exclude_self=True), sinks=True, scale=0.7),
+]
+
+
+@pytest.mark.parametrize("which", GRADIENTS, ids=str)
+def test_gradcheck_of_parts(which, cpu_best, seed, always):
+    call, inputs = function_of_leaves(draw(which, torch.float64, seed), cpu_best.impl)
+    assert torch.autograd.gradcheck(call, inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def test_gradients_of_parts_only_where_asked(cpu_best, seed, always):
+    """Each subset of leaves gets the bits it gets when all ask; out or lse alone carry a gradient too."""
+    drawn = draw(GRADIENTS[0], torch.float32, seed)
+    everything = run(drawn, cpu_best.impl)
+    for chosen in ({"query"}, {"key", "sinks"}, {"value"}, {"sinks"}):
+        for name, leaf in drawn.leaves.items():
+            drawn.leaves[name] = leaf.detach().requires_grad_(name in chosen)
+        call, inputs = function_of_leaves(drawn, cpu_best.impl)
+        leaves = [leaf for leaf in inputs if leaf.requires_grad]
+        lse = drawn.grad_lse.masked_fill(everything["lse"] == -torch.inf, 0.0)
+        found = torch.autograd.grad(call(*inputs), leaves, (drawn.grad_out, lse))
+        for name, gradient in zip([n for n in drawn.leaves if n in chosen], found):
+            assert torch.equal(gradient, everything[f"grad {name}"]), name
+
+
+def test_lse_of_parts_alone_carries_gradient(cpu_best, seed, always):
+    drawn = draw(GRADIENTS[0], torch.float64, seed)
+    call, inputs = function_of_leaves(drawn, cpu_best.impl)
+    wanted, reference = function_of_leaves(drawn, "reference")
+    for which in (0, 1):
+        upstream = (drawn.grad_out, drawn.grad_lse)[which]
+        got, right = (
+            torch.autograd.grad(f(*x)[which], x, upstream, allow_unused=True, materialize_grads=True)
+            for f, x in ((call, inputs), (wanted, reference))
+        )
+        for a, b in zip(got, right):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_double_backward_of_parts_raises(cpu_best, seed, always):
+    call, inputs = function_of_leaves(draw(GRADIENTS[0], torch.float64, seed), cpu_best.impl)
+    with pytest.raises(RuntimeError):
+        first = torch.autograd.grad(call(*inputs)[0].square().sum(), inputs, create_graph=True)
+        torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+
+def test_rotary_sinks_and_leading_dimensions_in_parts(cpu_best, always):
+    """Query and key are turned by their positions before these are reordered."""
+    angles = torch.outer(torch.arange(40.0), torch.tensor([1.0, 0.1]))
+    rotary = pyext.Rotary(angles.cos().double(), angles.sin().double())
+    q, k, v = (torch.randn(2, 1, 3, 30, 4, dtype=torch.float64) for _ in range(3))
+    options = dict(mask=pyext.masks.strided(7) & pyext.masks.causal(), rotary=rotary, sinks=torch.randn(3).double())
+    got, wanted = (pyext.attention(q, k, v, impl=impl, return_lse=True, **options) for impl in ("cpu", "reference"))
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_func_transforms_and_tangents_take_the_reference(always):
+    q = torch.randn(1, 2, 20, 4, dtype=torch.float64)
+    mask = pyext.masks.strided(3) & pyext.masks.causal()
+
+    def loss(x):
+        return pyext.attention(x, x, x, mask=mask).square().sum()
+
+    (wanted,) = torch.autograd.grad(loss(q.requires_grad_()), q)
+    torch.testing.assert_close(torch.func.grad(loss)(q.detach()), wanted)
+    step = torch.randn_like(q)
+    _, tangent = torch.func.jvp(loss, (q.detach(),), (step,))
+    torch.testing.assert_close(tangent, (wanted * step).sum())

@@ -193,10 +193,21 @@ def not_packed(name: str) -> str:
 
 
 def _passes(mask: Mask, sizes: Sizes, right: int) -> tuple[Pass, ...] | None:
-    parts = mask.parts(sizes)
+    parts = _within(mask.parts(sizes), Lowered(right=right))
     if parts is None:
         return None
-    return tuple(resolve(part._replace(limits=part.limits.meet(Lowered(right=right))), sizes) for part in parts)
+    as_table = mask.closed and _checks.is_eager()  # what is made once may take its time
+    return tuple(resolve(part, sizes, as_table) for part in parts)
+
+
+def _within(parts: tuple[Part, ...] | None, limits: Lowered) -> tuple[Part, ...] | None:
+    """What these limits allow of the parts; None where that is no range, as with ranks, which are no positions."""
+    if parts is None or not limits.is_range:
+        return None
+    limited = limits.left != UNBOUNDED or limits.right != UNBOUNDED or limits.intervals is not None
+    if limited and any(part.ranks is not None for part in parts):
+        return None
+    return tuple(part.within(limits) for part in parts)
 
 
 # --- What is made once ----------------------------------------------------------------------------------------------
@@ -282,11 +293,7 @@ class And(_Pair):
         if not self.reorders:
             return None
         one, other = (self.first, self.second) if self.first.reorders else (self.second, self.first)
-        parts = one.parts(sizes)
-        if parts is None or any(part.ranks is not None for part in parts):
-            return None
-        limits = other.lower(sizes)
-        return tuple(part._replace(limits=part.limits.meet(limits)) for part in parts) if limits.is_range else None
+        return _within(one.parts(sizes), other.lower(sizes))
 
     def lower(self, sizes):
         first, second = self.first.lower(sizes), self.second.lower(sizes)

@@ -9,7 +9,7 @@ from .. import _checks
 from .._primitives import BLOCK, Sizes
 from . import _tables
 from ._base import Lowered, Mask, once
-from ._parts import Part
+from ._parts import Part, Range
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Strided(_Closed):
     def parts(self, sizes):
         """Everything less than a stride back, and the earlier keys of the query's residue class."""
         i, j = _positions(sizes)
-        classes = i % self.stride, j % self.stride
-        return Part(Lowered(left=self.stride - 1)), Part(Lowered(right=-self.stride), classes)
+        near, far = Range(Lowered(left=self.stride - 1)), Range(Lowered(right=-self.stride), i % self.stride)
+        return Part((near,)), Part((far,), j % self.stride)
 
 
 def _positions(sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -156,15 +156,13 @@ class ImageColumns(_Image):
         return u - t - (u - t).min()
 
     def parts(self, sizes):
-        """The text, which everybody sees, and the earlier keys of the query's column."""
+        """The text, which everybody sees, and the earlier keys of the query's column: sorted, two ranges."""
         i, j = _positions(sizes)
-        text = torch.stack((torch.zeros_like(i), torch.full_like(i, self.text_len)), dim=-1)
-        image = torch.stack((torch.full_like(i, self.text_len), torch.full_like(i, sizes.keys)), dim=-1)
-        # Text queries are in a class of their own, which no key is in.
-        column = torch.where(i < self.text_len, self.side, (i - self.text_len) % self.side)
-        classes = column, torch.where(j < self.text_len, self.side + 1, (j - self.text_len) % self.side)
-        text, image = (x.clamp(max=sizes.keys).to(torch.int32) for x in (text, image))
-        return Part(Lowered(intervals=text)), Part(Lowered(intervals=image, right=0), classes)
+        # The text is class 0. Its queries look for a column in it too, within an empty range.
+        column, of_key = (torch.where(x < self.text_len, 0, 1 + (x - self.text_len) % self.side) for x in (i, j))
+        own = torch.stack((torch.where(column > 0, 0, sizes.keys).expand_as(i), i + 1), dim=-1)
+        own = own.clamp(0, sizes.keys).to(torch.int32)
+        return (Part((Range(Lowered(), torch.zeros_like(i)), Range(Lowered(intervals=own), column)), of_key),)
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ class Permutation(Mask):
         own = rank[:, sizes.keys - sizes.queries :]
         high = own if self.exclude_self else own + 1
         seen = torch.stack((torch.zeros_like(high), high), dim=-1).to(torch.int32)
-        return (Part(Lowered(intervals=seen), ranks=(own, rank)),)
+        return (Part((Range(Lowered(intervals=seen)),), ranks=(own, rank)),)
 
     def _ranks(self, sizes):
         """(B|1, Lk) int32: the rank of each position, checked against the call."""
@@ -288,7 +286,7 @@ def image_columns(text_len: int, side: int) -> Mask:
     """All of the text, and earlier image positions of the query's column. See `image_rows` for positions and text.
 
     DALL-E transposes the image to get here (figure 11b and c); this mask does not ask for that: without a bias or
-    dropout, attention sorts the positions by column.
+    dropout, attention sorts the positions by column itself.
 
     Args, Raises, Source: as in `image_rows`.
     """

@@ -8,6 +8,7 @@ query and key, so each part runs the ordinary backward with the out and lse of t
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,12 +62,12 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, passes, scale, softcap, query, key, value, sinks):
         problem = AttentionProblem(query, key, value, sinks=sinks, scale=scale, softcap=softcap)
         outs, lses = [], []
-        for n, step in enumerate(passes):
-            out, lse = torch.ops.pyext.attention_forward.default(*_part(problem, n, step))
+        for part, step in _parts(problem, passes):
+            out, lse = torch.ops.pyext.attention_forward.default(*part)
             back = _inverse(step.queries)
             outs.append(_reordered(out, back))
             lses.append(_reordered(lse[..., None], back)[..., 0])
-        out, lse = (outs[0], lses[0]) if len(passes) == 1 else _merged(outs, lses)
+        out, lse = (outs[0], lses[0]) if len(outs) == 1 else _merged(outs, lses)
         ctx.set_materialize_grads(False)
         ctx.passes, ctx.scale, ctx.softcap = passes, scale, softcap
         ctx.save_for_backward(query, key, value, sinks, out, lse)
@@ -80,35 +81,39 @@ class _Attend(torch.autograd.Function):
                 return (None,) * 7
             grad_out = torch.zeros_like(out)
         problem = AttentionProblem(query, key, value, sinks=sinks, scale=ctx.scale, softcap=ctx.softcap)
-        total = None
-        for n, step in enumerate(ctx.passes):
-            part = _part(problem, n, step)
+        total, grad_sinks = None, None
+        for step in ctx.passes:
             outer = [_reordered(x, step.queries) for x in (grad_out, out)]
             rows = [None if x is None else _reordered(x[..., None], step.queries)[..., 0] for x in (grad_lse, lse)]
-            found = torch.ops.pyext.attention_backward.default(
-                outer[0], rows[0], *part[:3], outer[1], rows[1], *part[3:],
-                *(False for _ in _autograd.OPTIONAL_GRADIENTS),
-            )  # fmt: skip
-            named = dict(zip(_autograd.GRADIENTS, found, strict=True))
+            grads = None
+            for part, _ in _parts(problem, (step,)):
+                found = torch.ops.pyext.attention_backward.default(
+                    outer[0], rows[0], *part[:3], outer[1], rows[1], *part[3:],
+                    *(False for _ in _autograd.OPTIONAL_GRADIENTS),
+                )  # fmt: skip
+                named = dict(zip(_autograd.GRADIENTS, found, strict=True))
+                grads = _sum(grads, [named[name] for name in ("query", "key", "value")])
+                grad_sinks = named["sinks"] if grad_sinks is None else grad_sinks
             orders = (step.queries, step.keys, step.keys)
-            grads = [_reordered(named[name], _inverse(order)) for name, order in zip(("query", "key", "value"), orders)]
-            if total is None:
-                total = [*grads, None if sinks is None else named["sinks"]]
-            else:
-                total[:3] = [a + b for a, b in zip(total[:3], grads, strict=True)]
+            total = _sum(total, [_reordered(x, _inverse(order)) for x, order in zip(grads, orders, strict=True)])
+            problem = problem._replace(sinks=None)
         need = ctx.needs_input_grad[3:]
-        return None, None, None, *(grad if needed else None for grad, needed in zip(total, need, strict=True))
+        found = (*total, grad_sinks)
+        return None, None, None, *(grad if needed else None for grad, needed in zip(found, need, strict=True))
 
 
-def _part(problem: AttentionProblem, n: int, step: Pass) -> AttentionProblem:
-    """The problem of one pass. The sinks, one more logit per row, are with the first."""
-    return problem._replace(
-        query=_reordered(problem.query, step.queries),
-        key=_reordered(problem.key, step.keys),
-        value=_reordered(problem.value, step.keys),
-        sinks=problem.sinks if n == 0 else None,
-        **step.limits._asdict(),
-    )
+def _parts(problem: AttentionProblem, passes: tuple[Pass, ...]) -> Iterator[tuple[AttentionProblem, Pass]]:
+    """The problem of each part. The sinks, one more logit per row, are with the first."""
+    for step in passes:
+        query = _reordered(problem.query, step.queries)
+        key, value = (_reordered(x, step.keys) for x in (problem.key, problem.value))
+        for limits in step.limits:
+            yield problem._replace(query=query, key=key, value=value, **limits._asdict()), step
+            problem = problem._replace(sinks=None)
+
+
+def _sum(total: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
+    return more if total is None else [a + b for a, b in zip(total, more, strict=True)]
 
 
 def _merged(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,21 @@ def run(drawn: Drawn, impl: str, threads: int = 2) -> dict[str, Tensor]:
         return _with_gradients(drawn, drawn.leaves, out, lse)
 
 
+def function_of_leaves(drawn, impl, lse=True):
+    """(f, inputs): f(*leaves) -> (out, lse with dead rows at 0), rebuilding biases from the leaves it is given."""
+    import pyext
+
+    names = list(drawn.leaves)
+
+    def call(*values):
+        drawn.leaves.update(zip(names, values))
+        q, k, v = values[:3]
+        out, lse_ = pyext.attention(q, k, v, return_lse=True, impl=impl, **arguments(drawn))
+        return (out, lse_.masked_fill(lse_ == -torch.inf, 0.0)) if lse else out
+
+    return call, tuple(drawn.leaves[name] for name in names)
+
+
 def run_dense(drawn: Drawn, dtype: torch.dtype, keep: Tensor | None = None) -> dict[str, Tensor]:
     """The same by the naive formula in `dtype`: the oracle if that is fp64, eager if it is the dtype of the case.
 

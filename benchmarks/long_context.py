@@ -1,7 +1,7 @@
-"""The memory case: 16384 tokens with a T5 bias, forward and backward, in a process of its own.
+"""The memory cases: 16384 tokens with T5's or DeBERTa's positions, forward and backward, in a process of its own.
 
-The bias alone, materialised in bf16, would be 4 GiB. `python -m benchmarks.long_context` prints one JSON line:
-the peak of resident memory above what was resident once the inputs were there (outputs and gradients included).
+The bias alone, materialised in bf16, would be 4 GiB. `python -m benchmarks.long_context t5` prints one JSON line: the
+peak of resident memory above what was resident once the inputs were there (outputs and gradients included).
 """
 
 from __future__ import annotations
@@ -42,45 +42,64 @@ def reset_peak() -> None:
         pass  # not permitted here: the peak can only read too low, if something before was larger than the case
 
 
-def step(length: int, seed: int) -> tuple[float, float]:
+def t5(generator: torch.Generator) -> tuple[list[torch.Tensor], pyext.bias.Bias]:
+    """What is learned, and the bias."""
+    table = torch.randn(32, HEADS, generator=generator).requires_grad_()
+    return [table], pyext.bias.t5(table, bidirectional=True, max_distance=128)
+
+
+def deberta(generator: torch.Generator) -> tuple[list[torch.Tensor], pyext.bias.Bias]:
+    shape, dtype = (HEADS, 512, DIM), torch.bfloat16
+    rows = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(2)]
+    return rows, pyext.bias.disentangled(*rows, buckets=256, max_position=512, scale=DIM**-0.5)
+
+
+BIASES = {"t5": t5, "deberta": deberta}
+
+
+def step(kind: str, length: int, seed: int) -> tuple[float, float]:
     """(seconds, MiB above the inputs) of one forward + backward."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, HEADS, length, DIM)
     # Made in bf16 at once: an fp32 copy, freed, could stay in malloc's heap and be counted as ours or hide it.
     query, key, value, grad_out = (torch.randn(shape, generator=generator, dtype=torch.bfloat16) for _ in range(4))
-    table = torch.randn(32, HEADS, generator=generator)
-    wanted = [t.requires_grad_() for t in (query, key, value, table)]
+    learned, bias = BIASES[kind](generator)
+    wanted = [*(t.requires_grad_() for t in (query, key, value)), *learned]
     reset_peak()
     before = resident("VmRSS")
     start = time.perf_counter()
-    out = pyext.attention(query, key, value, bias=pyext.bias.t5(table, bidirectional=True, max_distance=128))
+    out = pyext.attention(query, key, value, bias=bias)
     torch.autograd.grad(out, wanted, grad_out)
     seconds = time.perf_counter() - start
     return seconds, resident("VmHWM") - before
 
 
-def main(length: int, seed: int, threads: int) -> None:
+def main(kind: str, length: int, seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    step(min(256, length), seed)  # libraries, thread pools
-    seconds, mib = step(length, seed)
+    step(kind, min(256, length), seed)  # libraries, thread pools
+    seconds, mib = step(kind, length, seed)
     print(json.dumps({"seconds": seconds, "peak_mib": mib}))
 
 
-def run(seed: int, length: int = LENGTH, threads: int = 1) -> tuple[Measured, dict]:
+def run(seed: int, kind: str = "t5", length: int = LENGTH, threads: int = 1) -> tuple[Measured, dict]:
     """The case's `run`: checks the same call at 1024 tokens, then measures in a fresh process."""
-    from . import attention_cases as cases  # it lists this module's case
+    from . import attention_cases, relative_cases  # they list this module's cases
 
-    shape = (1, HEADS, CHECKED_LENGTH, DIM)
-    error = check(cases.work_of("forward+backward", cases.t5(HEADS, CHECKED_LENGTH), shape, "bf16", seed, sdpa=False))
-    command = [sys.executable, "-m", "benchmarks.long_context", str(length), str(seed), str(threads)]
+    shape, way = (1, HEADS, CHECKED_LENGTH, DIM), "forward+backward"
+    if kind == "t5":
+        work = attention_cases.work_of(way, attention_cases.t5(shape[1], shape[2]), shape, "bf16", seed, sdpa=False)
+    else:
+        work = relative_cases.deberta_work(way, "bf16", seed, shape)
+    error = check(work)
+    command = [sys.executable, "-m", "benchmarks.long_context", kind, str(length), str(seed), str(threads)]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     figures = json.loads(done.stdout.splitlines()[-1])
-    flops = 14 * HEADS * length * length * DIM
+    flops = {"t5": 14, "deberta": 30}[kind] * HEADS * length * length * DIM
     return Measured({"pyext": figures["seconds"]}, flops=flops, extra={"peak_mib": figures["peak_mib"]}), error
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -8,6 +8,7 @@ relative shift for Transformer-XL, Transformers' own attention module, without i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +16,12 @@ import torch
 
 import pyext
 
+from . import long_context
 from .attention_cases import CALLS, DTYPES, FLOPS, FULL, both_ways, eager, shape_name
 from .harness import Case, Contender, Figure, Tensors, Work, percent_of_peak, speedup, time_ratio
 
 MEMORY = 2048
 DEBERTA, SPAN, MAX_POSITION = (4, 12, 512, 64), 256, 512
-LONG = (1, 8, 16384, 64)
 PLAIN, SHIFT, TRANSFORMERS = "no bias", "eager", "Transformers"
 
 
@@ -128,14 +129,14 @@ def deberta_eager(leaves: Tensors) -> torch.Tensor:
     return eager(query * factor, key, leaves["value"], (c2p + p2c) * scale)
 
 
-def transformers_deberta() -> Callable[[Tensors], torch.Tensor] | None:
+def transformers_deberta(shape: tuple[int, ...]) -> Callable[[Tensors], torch.Tensor] | None:
     """The attention of Transformers' DeBERTa-v2 with identity projections: query, key and value are one tensor."""
     try:
         from transformers import DebertaV2Config
         from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
     except ImportError:
         return None
-    batch, heads, length, dim = DEBERTA
+    batch, heads, length, dim = shape
     config = DebertaV2Config(
         hidden_size=heads * dim, num_attention_heads=heads, relative_attention=True, position_buckets=SPAN,
         max_relative_positions=MAX_POSITION, pos_att_type=["c2p", "p2c"], share_att_key=True,
@@ -157,12 +158,12 @@ def transformers_deberta() -> Callable[[Tensors], torch.Tensor] | None:
     return attend
 
 
-def deberta_work(direction: str, dtype: str, seed: int) -> Work:
-    rows = (DEBERTA[1], 2 * SPAN, DEBERTA[3])
-    shapes = dict.fromkeys(("query", "key", "value"), DEBERTA) | dict.fromkeys(("pos_key", "pos_query"), rows)
+def deberta_work(direction: str, dtype: str, seed: int, shape: tuple[int, ...] = DEBERTA) -> Work:
+    rows = (shape[1], 2 * SPAN, shape[3])
+    shapes = dict.fromkeys(("query", "key", "value"), shape) | dict.fromkeys(("pos_key", "pos_query"), rows)
     inputs = Inputs.random(shapes, dtype, seed)
     products = {"forward": 2, "backward": 6, "forward+backward": 8}[direction]
-    return work(direction, inputs, deberta, deberta_eager, TRANSFORMERS, transformers_deberta(), products)
+    return work(direction, inputs, deberta, deberta_eager, TRANSFORMERS, transformers_deberta(shape), products)
 
 
 # --- The list -------------------------------------------------------------------------------------------------------
@@ -205,4 +206,11 @@ def all_cases() -> list[Case]:
                         peak=dtype,
                     )
                 )
-    return cases
+    length, heads, dim = long_context.LENGTH, long_context.HEADS, long_context.DIM
+    figures = (
+        Figure("memory above the inputs", "MiB", lambda m: m.extra["peak_mib"], at_most=400),
+        Figure("one step", "s", lambda m: m.seconds["pyext"]),
+    )
+    title = f"DeBERTa-v3, {length} tokens, forward + backward, (1, {heads}, {length}, {dim})"
+    name, run = f"deberta/memory/1x{heads}x{length}x{dim}/bf16", functools.partial(long_context.run, kind="deberta")
+    return [*cases, Case(name, "memory", title, "bf16", figures, run=run)]

@@ -468,7 +468,7 @@ def segment(c: Context, which="bhq", batched=True, count=2, dtype=None) -> Term:
     values = c.normal(*_broadcast_size(s, which), 2, dtype=dtype).requires_grad_()
     size = (s.b,) if batched else ()
     seg_q, seg_k = c.integers(0, count - 1, *size, s.lq), c.integers(0, count - 1, *size, s.lk)
-    same = (seg_q.unsqueeze(-1) == seg_k.unsqueeze(-2)).view(-1, 1, s.lq, s.lk)
+    same = (seg_q.unsqueeze(-1) == seg_k.unsqueeze(-2)).view(s.b if batched else 1, 1, s.lq, s.lk)
     return Term(
         "bias",
         lambda t: _pyext().bias.segment(t["scores"], seg_q, seg_k),

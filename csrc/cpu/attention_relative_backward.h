@@ -58,7 +58,8 @@ struct RelativeGradients {
   void begin(const Span& s, int64_t first, int64_t last) {
     const int64_t keys = max_of<int64_t>(min_of(last, s.k_len) - first, 0);
     span = s, first_key = first;
-    distances = max_of<int64_t>(keys + s.q_len - 1, 0), touched = round_up(keys, box) + s.q_len + 2 * distance_margin;
+    distances = keys > 0 && s.q_len > 0 ? keys + s.q_len - 1 : 0,
+    touched = round_up(keys, box) + s.q_len + 2 * distance_margin;
     memset(ds - origin, 0, size_t(matrix) * sizeof(Element));
     if (vertical && (void*)vertical != (void*)ds) memset(vertical - origin, 0, size_t(matrix) * sizeof(T));
     if ((void*)diagonal != (void*)ds) memset(diagonal - origin, 0, size_t(matrix) * sizeof(T));

@@ -24,24 +24,29 @@ struct RelativeGradients {
   static_assert(margin >= kRows + pair, "a group of rows, each shifted by one, stays within the margin");
 
   const AttentionProblem* p = nullptr;
-  int64_t panels = 0, rows = 0;  // panels of features; distances, with their margins, that the buffers hold
-  Element* ds = nullptr;         // dS, row stride LD, in the type that products along a row read
+  int64_t panels = 0;                          // of features
+  int64_t rows = 0, sum_rows = 0;              // distances, with their margins: of a task's rows, of a head's sums
+  Element* ds = nullptr;                       // dS, row stride LD, in the type that products along a row read
   T *vertical = nullptr, *diagonal = nullptr;  // dS for products along a column or a diagonal: at (i, j) the pair
                                                // (i, j), (i + 1, j) or (i, j), (i + 1, j + 1)
   T *rows_q = nullptr, *rows_k = nullptr;      // the rows of each distance: rising for rel_q, falling for rel_k
-  T *sums_q = nullptr, *sums_k = nullptr;      // gradients of each distance, rising
 
-  // The distances of a task: sequence, first key, how many there are, and how many the tiles touch.
+  // The distances of a task: sequence, first key, and how many the tiles touch.
   Span span{};
-  int64_t first_key = 0, distances = 0, touched = 0;
+  int64_t first_key = 0, touched = 0;
 
   static constexpr int64_t matrix = (MB + 2 * row_margin) * LD + 2 * margin, origin = row_margin * LD + margin;
 
-  void lay_out(const AttentionProblem& problem, Arena& arena, int64_t feature_panels, int64_t q_len, int64_t keys) {
+  // Distances, with their margins, of q_len queries and so many keys.
+  static int64_t capacity(int64_t q_len, int64_t keys) { return round_up(q_len + keys + 2 * distance_margin, 2); }
+
+  // For so many keys per task, of so many in all.
+  void lay_out(const AttentionProblem& problem, Arena& arena, int64_t feature_panels, int64_t q_len, int64_t keys,
+               int64_t all_keys) {
     *this = {};
     p = &problem, panels = feature_panels;
     if (!p->rel_index) return;
-    rows = round_up(q_len + keys + 2 * distance_margin, 2);
+    rows = capacity(q_len, keys), sum_rows = capacity(q_len, all_keys);
     ds = arena.take<Element>(matrix) + origin;
     vertical = diagonal = (T*)ds;
     if (pair == 2) {
@@ -50,21 +55,21 @@ struct RelativeGradients {
     }
     if (p->rel_q.data) rows_q = arena.take<T>(panels * rows / pair * NR);
     if (p->rel_k.data) rows_k = arena.take<T>(panels * rows / pair * NR);
-    if (p->grad_rel_q) sums_q = arena.take<T>(panels * rows * NR);
-    if (p->grad_rel_k) sums_k = arena.take<T>(panels * rows * NR);
   }
 
   // A new task: keys [first, last) of a sequence.
   void begin(const Span& s, int64_t first, int64_t last) {
     const int64_t keys = max_of<int64_t>(min_of(last, s.k_len) - first, 0);
     span = s, first_key = first;
-    distances = max_of<int64_t>(keys + s.q_len - 1, 0), touched = round_up(keys, box) + s.q_len + 2 * distance_margin;
+    touched = round_up(keys, box) + s.q_len + 2 * distance_margin;
     memset(ds - origin, 0, size_t(matrix) * sizeof(Element));
     if (vertical && (void*)vertical != (void*)ds) memset(vertical - origin, 0, size_t(matrix) * sizeof(T));
     if ((void*)diagonal != (void*)ds) memset(diagonal - origin, 0, size_t(matrix) * sizeof(T));
   }
   // Where the distance of query i and key j stands in the buffers.
   INLINE int64_t place(int64_t i, int64_t j) const { return j - i + span.q_len - 1 - first_key + distance_margin; }
+  // The same in a head's sums, where the first key is the sequence's.
+  INLINE int64_t sum_place(int64_t i, int64_t j) const { return place(i, j) + first_key; }
   // The position in rel_index of what stands at place 0.
   INLINE int64_t first_position() const { return first_key - distance_margin + p->k_len - span.k_len; }
 
@@ -81,9 +86,6 @@ struct RelativeGradients {
       from.begin = first_position() + rows - 1, from.step = -1;
       pack_rows<C>(p->dtype, from, rows, p->head_dim, panel, rows_k);
     }
-  }
-  void clear(T* sums) const {
-    if (sums) memset(sums, 0, size_t(panels * rows * NR) * sizeof(T));
   }
 
   // Makes the margins around the columns of a block zero and derives the other forms of dS. `wide` is dS in the
@@ -125,8 +127,9 @@ struct RelativeGradients {
       accumulate<C, LD + 1, pair>(steps, a, rows_q + (f * rows + place0 - shift) / pair * NR, to + f * MB * NR,
                                   p->head_dim - f * NR);
   }
-  // d rel_q from a block of `count` queries from q0 on; b is their packed rel_query, panels b_panel apart.
-  void add_rows_q(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel) const {
+  // d rel_q, as sums by distance in rising order, from a block of `count` queries from q0 on; b is their packed
+  // rel_query, panels b_panel apart.
+  void add_rows_q(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel, T* sums) const {
     for (int64_t d = columns.lo - (count - 1); d < columns.hi; d += kRows) {
       const int64_t first = max_of<int64_t>(0, columns.lo - d - (kRows - 1)) / pair * pair,
                     last = min_of<int64_t>(count, columns.hi - d);
@@ -134,7 +137,7 @@ struct RelativeGradients {
       for (int64_t f = 0; f < panels; ++f)
         accumulate<C, 1, pair*(LD + 1)>(ceil_div(last - first, pair), diagonal + first * (LD + 1) + d,
                                         b + f * b_panel + first / pair * NR,
-                                        sums_q + (f * rows + place(q0, k0) + d) * NR, p->head_dim - f * NR);
+                                        sums + (f * sum_rows + sum_place(q0, k0) + d) * NR, p->head_dim - f * NR);
     }
   }
   // d key of one group of keys (column c on) from the rows [first, last) of the block of queries at q0.
@@ -147,7 +150,7 @@ struct RelativeGradients {
                                        to + f * to_panel, p->head_dim - f * NR);
   }
   // d rel_k from a block of `count` queries from q0 on; b is the block's packed keys, panels b_panel apart.
-  void add_rows_k(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel) const {
+  void add_rows_k(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel, T* sums) const {
     for (int64_t d = columns.lo - (count - 1); d < columns.hi; d += kRows) {
       const int64_t first = max_of<int64_t>(columns.lo, d) / pair * pair,
                     last = min_of<int64_t>(columns.hi, d + kRows - 1 + count);
@@ -155,19 +158,20 @@ struct RelativeGradients {
       for (int64_t f = 0; f < panels; ++f)
         accumulate<C, -LD, pair*(LD + 1)>(ceil_div(last - first, pair), diagonal + (first - d) * LD + first,
                                           b + f * b_panel + first / pair * NR,
-                                          sums_k + (f * rows + place(q0, k0) + d) * NR, p->head_dim - f * NR);
+                                          sums + (f * sum_rows + sum_place(q0, k0) + d) * NR, p->head_dim - f * NR);
     }
   }
 
-  // Adds the sums to the gradient of one head's rows.
-  void reduce(const T* sums, T* gradient) const {
-    const int64_t first = first_position() + distance_margin;
-    for (int64_t e = 0; e < distances; ++e) {
-      T* to = gradient + p->rel_index[first + e] * p->head_dim;
+  // Adds the sums of one head of a sequence to the gradient of its rows.
+  static void reduce(const AttentionProblem& p, const Span& s, const T* sums, int64_t sum_rows, T* gradient) {
+    if (s.q_len == 0 || s.k_len == 0) return;
+    const int32_t* index = p.rel_index + p.k_len - s.k_len;
+    for (int64_t e = 0; e < s.q_len + s.k_len - 1; ++e) {
+      T* to = gradient + index[e] * p.head_dim;
       const T* from = sums + (e + distance_margin) * NR;
-      for (int64_t f = 0; f < p->head_dim; f += NR, from += rows * NR) {
-        const int64_t n = min_of<int64_t>(NR, p->head_dim - f);
-        for (int64_t d = 0; d < n; ++d) to[f + d] += T(p->scale) * from[d];
+      for (int64_t f = 0; f < p.head_dim; f += NR, from += sum_rows * NR) {
+        const int64_t n = min_of<int64_t>(NR, p.head_dim - f);
+        for (int64_t d = 0; d < n; ++d) to[f + d] += T(p.scale) * from[d];
       }
     }
   }

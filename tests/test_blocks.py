@@ -115,6 +115,9 @@ REORDERED = [
     case(LONG_GROUPED, strided(24), causal(), window(100, None), padding(), sinks=True),
     case(LONG, strided(9), documents(batched=True), softcap=2.0, scale=0.4),
     case(LONG, prefix(), strided(9), lse=False),
+    case(LONG, fixed(32, 3), causal()),
+    case(LONG_GROUPED, fixed(50), padding(queries="random"), sinks=True),
+    case(LONG_CROSS, fixed(7, 7), is_causal(), softcap=2.0),
     case(LONG, image("columns", 44, 16), causal()),
     case(LONG, image("columns", 0, 16)),
     case(LONG, image("columns", 300, 16), causal(), sinks=True),
@@ -166,6 +169,7 @@ GRADIENTS = [
     case(SHORT, strided(3), causal(), sinks=True),
     case(SHORT, image("columns", 4, 3), padding([15, 2], [9, 12]), softcap=1.5),
     case(SHORT, image("columns", 4, 3), causal()),
+    case(SHORT, fixed(4, 1), causal(), sinks=True),
     case(SHORT, permutation(batched=True, exclude_self=True), sinks=True, scale=0.7),
 ]
 

@@ -22,14 +22,14 @@ class Range(NamedTuple):
     """Keys of one class whose positions lie within `limits`."""
 
     limits: "Lowered"  # left, right and intervals only
-    classes: Tensor | None = None  # (B|1, Lq) int64 >= 0: the class each query looks at; None = all keys are one class
+    classes: Tensor | int = 0  # (B|1, Lq) int64 >= 0: the class each query looks at; a number: all the same
 
 
 class Part(NamedTuple):
     """The union of disjoint ranges, contiguous in one common order: by class, and by position within a class."""
 
-    ranges: tuple[Range, ...]  # queries are sorted by the class of the last one
-    classes: Tensor | None = None  # (B|1, Lk) int64 >= 0: the class of each key
+    ranges: tuple[Range, ...]  # queries are sorted by the class of the last one, if they differ in it
+    classes: Tensor | int = 0  # (B|1, Lk) int64 >= 0: the class of each key
     ranks: tuple[Tensor, Tensor] | None = None  # (B|1, Lq), (B|1, Lk): what stands in for i and j in all `limits`
 
     def within(self, limits: "Lowered") -> "Part":
@@ -62,14 +62,16 @@ def resolve(part: Part, sizes: Sizes, as_table: bool) -> Pass:
         as_table: make one call of several ranges, by a block table of the new order. Otherwise there are only tensor
             operations of fixed shapes, which can be traced.
     """
-    if part.classes is None and part.ranks is None:
+    if isinstance(part.classes, int) and part.ranks is None:
         return Pass(tuple(r.limits for r in part.ranges))
     i, j = (torch.arange(length, device=sizes.device)[None] for length in (sizes.queries, sizes.keys))
     i, j = (i, j) if part.ranks is None else part.ranks
-    place = _place(part.classes, j, sizes)
-    keys, queries = _sorted(place), _sorted(_place(part.ranges[-1].classes, i, sizes))
+    place, by = _place(part.classes, j, sizes), part.ranges[-1].classes
+    keys, queries = _sorted(place), None
+    if part.ranks is not None or not isinstance(by, int):
+        queries = _sorted(_place(by, i, sizes))
     place = place.gather(1, keys.forward)
-    ranges = [_sorted_range(r, place, queries.forward, sizes) for r in part.ranges]
+    ranges = [_sorted_range(r, place, queries, sizes) for r in part.ranges]
     limits = part.ranges[0].limits
     if as_table and len(ranges) > 1:
         table = _tables.build(_Ranges(ranges), sizes)
@@ -81,8 +83,8 @@ def resolve(part: Part, sizes: Sizes, as_table: bool) -> Pass:
     return Pass(limits, queries, keys)
 
 
-def _place(classes: Tensor | None, position: Tensor, sizes: Sizes) -> Tensor:
-    return position if classes is None else classes * (sizes.keys + 1) + position
+def _place(classes: Tensor | int, position: Tensor, sizes: Sizes) -> Tensor:
+    return classes * (sizes.keys + 1) + position
 
 
 def _sorted(place: Tensor) -> Order:
@@ -90,7 +92,7 @@ def _sorted(place: Tensor) -> Order:
     return Order(forward, forward.argsort(dim=1))
 
 
-def _sorted_range(r: Range, places: Tensor, queries: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def _sorted_range(r: Range, places: Tensor, queries: Order | None, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """[low, high) in the order of keys, of the queries in their order, (B|1, Lq) each; places are in rising order."""
     stand = torch.arange(sizes.queries, device=sizes.device)[None] + (sizes.keys - sizes.queries)
     low, high = torch.zeros_like(stand), torch.full_like(stand, sizes.keys)
@@ -104,7 +106,9 @@ def _sorted_range(r: Range, places: Tensor, queries: Tensor, sizes: Sizes) -> tu
     ends = [torch.broadcast_tensors(end, places[:, :1])[0].contiguous() for end in ends]
     batch = ends[0].shape[0]
     places = places.expand(batch, -1).contiguous()
-    low, high = (torch.searchsorted(places, end).gather(1, queries.expand(batch, -1)) for end in ends)
+    low, high = (torch.searchsorted(places, end) for end in ends)
+    if queries is not None:
+        low, high = (end.gather(1, queries.forward.expand(batch, -1)) for end in (low, high))
     return low, torch.maximum(low, high)
 
 

@@ -73,6 +73,7 @@ class Fixed(_Closed):
     """See `fixed`."""
 
     label = "masks.fixed"
+    reorders = True
     stride: int
     summary: int = 1
 
@@ -91,6 +92,14 @@ class Fixed(_Closed):
         meet = (i // self.stride <= (j + last) // self.stride) & (j // self.stride <= (i + last) // self.stride)
         near = _tables.joint(i % self.stride, j - i)
         return torch.where(meet, near, near.max() + 1 + j % self.stride)
+
+    def parts(self, sizes):
+        """With the summaries gathered before the other keys: all of them, and the rest of the query's stretch."""
+        i, j = _positions(sizes)
+        start = i - i % self.stride
+        stretch = torch.stack((start, start + self.stride), dim=-1).clamp(0, sizes.keys).to(torch.int32)
+        rest = (j % self.stride < self.stride - self.summary).long()
+        return (Part((Range(Lowered()), Range(Lowered(intervals=stretch), 1)), rest),)
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ class ImageColumns(_Image):
         column, of_key = (torch.where(x < self.text_len, 0, 1 + (x - self.text_len) % self.side) for x in (i, j))
         own = torch.stack((torch.where(column > 0, 0, sizes.keys).expand_as(i), i + 1), dim=-1)
         own = own.clamp(0, sizes.keys).to(torch.int32)
-        return (Part((Range(Lowered(), torch.zeros_like(i)), Range(Lowered(intervals=own), column)), of_key),)
+        return (Part((Range(Lowered()), Range(Lowered(intervals=own), column)), of_key),)
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ def fixed(stride: int, summary: int = 1) -> Mask:
     """Keys in the query's own stretch of `stride` positions, or among the last `summary` of any stretch.
 
     i // stride == j // stride or j % stride >= stride - summary, where i is the absolute position i + Lk - Lq of the
-    query. Combine it with `causal()`.
+    query. Combine it with `causal()`. Then, without a bias or dropout, attention gathers the summaries first.
 
     Args:
         stride, summary: positive ints, summary <= stride.

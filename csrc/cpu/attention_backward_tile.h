@@ -112,13 +112,14 @@ struct BackwardTiles {
   // table of addends with row stride LD that also hides keys.
   enum class Addend { constant, strip, table };
 
-  template <Addend addend, bool masked, class Start>
+  template <Addend addend, bool masked, class Terms>
   INLINE void tile(const Operands& in, const T* bias, T constant, const uint32_t* visible, const Destination& to,
-                   const Start& start) const {
+                   const Terms& add_terms) const {
     const Vec<T> scale = vset(score_scale<C>(*problem));
     Tile<C> t;
-    start(t);
+    t.zero();
     t.template multiply<1, kRows>(depth, in.q, in.k);
+    add_terms(t);
     UNROLL for (int i = 0; i < kRows; ++i) {
       UNROLL for (int j = 0; j < kVectors; ++j) {
         Vec<T> x;

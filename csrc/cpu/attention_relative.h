@@ -1,7 +1,7 @@
 // Relative rows: the score terms scale * rel_query_i . rel_q[index[u]] and scale * k_j . rel_k[index[u]], where u is
 // the position of the distance j - i. A tile of queries and keys touches one contiguous band of positions, so its terms
 // are a small product with the band's rows, read skewed: entry (i, j) of the tile lies at (i, u) or at (u, j) of a
-// product. These products start the accumulators of q k^T, so that one scale and one epilogue serve all terms.
+// product. It is added to the tile's q k^T, so that one scale and one epilogue serve all terms.
 #pragma once
 #include "attention_blocks.h"
 
@@ -144,15 +144,12 @@ struct RelativeBlock {
         vstore(to + i * to_row + j * W, tile.v[i][j]);
   }
 
-  // The relative terms of one tile, as the accumulators' start.
-  struct Start {
+  // Adds the relative terms of one tile. They come after its products: a sum that starts small loses fewer bits.
+  struct Terms {
     const T *band, *table;  // of run 0, for the group's first query; for the panel's first key
     const int32_t* run;     // of the first query and key
     INLINE void operator()(Tile<C>& t) const {
-      if (table)
-        from_table(t);
-      else
-        t.zero();
+      if (table) add_table(t);
       if (!band) return;
       const bool single_steps = run[NR - 1] - run[1 - kRows] == NR + kRows - 2;
       if (single_steps) {
@@ -164,9 +161,9 @@ struct RelativeBlock {
             vadd(t.v[i][j], load_near(band + i * band_row, run + j * W - i));
       }
     }
-    // t(i, l) = row run[l - i] of the table, column l: each lane from a row of its own. In step `bit` the lanes with
+    // t(i, l) += row run[l - i] of the table, column l: each lane from a row of its own. In step `bit` the lanes with
     // that bit move on by `bit` positions; after the last step lane l is l positions further than lane 0.
-    INLINE void from_table(Tile<C>& t) const {
+    INLINE void add_table(Tile<C>& t) const {
       UNROLL for (int j = 0; j < kVectors; ++j) {
         Vec<T> y[kRows - 1 + W];
         const int32_t* at = run + j * W - (kRows - 1);
@@ -175,19 +172,20 @@ struct RelativeBlock {
                    vload(table + int64_t(at[u]) * NR + j * W));
         UNROLL for (int bit = W / 4; bit >= 1; bit /= 2) UNROLL for (int u = 0; u < kRows - 1 + bit; ++u) y[u] =
             select(lanes_with_bit<T>(bit), y[u + bit], y[u]);
-        UNROLL for (int i = 0; i < kRows; ++i) t.v[i][j] = y[kRows - 1 - i];
+        UNROLL for (int i = 0; i < kRows; ++i) t.v[i][j] = vadd(t.v[i][j], y[kRows - 1 - i]);
       }
     }
   };
   // The terms of a tile by themselves.
-  static void store(const Start& start, T scale, T* to, int64_t to_row) {
+  static void store(const Terms& add_terms, T scale, T* to, int64_t to_row) {
     Tile<C> t;
-    start(t);
+    t.zero();
+    add_terms(t);
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVectors; ++j) vstore(to + i * to_row + j * W, vmul(vset(scale), t.v[i][j]));
   }
   // Of the queries from i on (group g of the block) and the keys from j on.
-  INLINE Start start(int64_t g, int64_t i, int64_t j) const {
+  INLINE Terms terms(int64_t g, int64_t i, int64_t j) const {
     return {band ? band + g * kRows * band_row - int64_t(base[g]) * NR : nullptr,
             table ? table - table_base * NR : nullptr, runs + j - i};
   }

@@ -4,7 +4,8 @@
 //   d rel_query(i) += sum over e of dS(i, i + e) rel_q(e)      d rel_q(e) += sum over i of dS(i, i + e) rel_query(i)
 //   d key(j)       += sum over e of dS(j - e, j) rel_k(e)      d rel_k(e) += sum over j of dS(j - e, j) key(j)
 // A bf16 operand comes in pairs of consecutive k, and which entries of dS are consecutive differs from product to
-// product: neighbours in a row, in a column, or on a diagonal.
+// product: neighbours in a row, in a column, or on a diagonal. In a block whose distances share one row (clipped ones,
+// DeBERTa's far ones) the products are sums over rows and columns of dS times that row.
 #pragma once
 #include <type_traits>
 
@@ -31,9 +32,13 @@ struct RelativeGradients {
                                                // (i, j), (i + 1, j) or (i, j), (i + 1, j + 1)
   T *rows_q = nullptr, *rows_k = nullptr;      // the rows of each distance: rising for rel_q, falling for rel_k
 
+  // Of a block whose distances share one row: sums of dS, and the rows.
+  bool single = false;
+  T *row_sums = nullptr, *column_sums = nullptr, *row_q = nullptr, *row_k = nullptr;
+
   // The distances of a task: sequence, first key, and how many the tiles touch.
   Span span{};
-  int64_t first_key = 0, touched = 0;
+  int64_t first_key = 0, touched = 0, head = 0;
 
   static constexpr int64_t matrix = (MB + 2 * row_margin) * LD + 2 * margin, origin = row_margin * LD + margin;
 
@@ -55,6 +60,8 @@ struct RelativeGradients {
     }
     if (p->rel_q.data) rows_q = arena.take<T>(panels * rows / pair * NR);
     if (p->rel_k.data) rows_k = arena.take<T>(panels * rows / pair * NR);
+    row_sums = arena.take<T>(MB), column_sums = arena.take<T>(NB);
+    row_q = arena.take<T>(panels * NR), row_k = arena.take<T>(panels * NR);
   }
 
   // A new task: keys [first, last) of a sequence.
@@ -73,7 +80,8 @@ struct RelativeGradients {
   // The position in rel_index of what stands at place 0.
   INLINE int64_t first_position() const { return first_key - distance_margin + p->k_len - span.k_len; }
 
-  void pack(int64_t head) const {
+  void pack(int64_t query_head) {
+    head = query_head;
     const int64_t length = p->q_len + p->k_len - 1, panel = rows / pair * NR;
     auto rows_of = [&](const Input& t) { return relative_rows(*p, t, span.batch, head, p->rel_index, length); };
     if (rows_q) {
@@ -89,8 +97,8 @@ struct RelativeGradients {
   }
 
   // Makes the margins around the columns of a block zero and derives the other forms of dS. `wide` is dS in the
-  // accumulator type where `ds` has not been written by the tiles.
-  void prepare(Range columns, int64_t used_rows, const T* wide) const {
+  // accumulator type where `ds` has not been written by the tiles; `runs` is Runs::origin.
+  void prepare(int64_t q0, int64_t k0, Range columns, int64_t used_rows, const T* wide, const int32_t* runs) {
     if (wide)
       for (int64_t i = 0; i < used_rows; ++i)
         for (int64_t c = columns.lo; c < columns.hi; c += NR) copy_row(wide + i * LD + c, ds + i * LD + c);
@@ -99,6 +107,8 @@ struct RelativeGradients {
       memset(ds + i * LD + columns.hi, 0, margin * sizeof(Element));
     }
     if (used_rows < MB) memset(ds + used_rows * LD - margin, 0, size_t(row_margin) * LD * sizeof(Element));
+    single = runs[k0 + columns.lo - (q0 + used_rows - 1)] == runs[k0 + columns.hi - 1 - q0];
+    if (single) return sum(q0, k0, columns, used_rows);
 #if defined(__AVX512BF16__)
     if constexpr (pair == 2) {
       const int64_t from = vertical ? 1 - row_margin : 0, to = used_rows + (vertical ? row_margin - 1 : 0);
@@ -111,6 +121,58 @@ struct RelativeGradients {
     }
 #endif
   }
+  void sum(int64_t q0, int64_t k0, Range columns, int64_t used_rows) {
+    memset(column_sums, 0, NB * sizeof(T));
+    for (int64_t i = 0; i < used_rows; ++i) {
+      Vec<T> total = vset(T(0));
+      for (int64_t c = columns.lo; c < columns.hi; c += W) {
+        const Vec<T> x = vload_as(element_type, (const char*)(ds + i * LD + c), T(0));
+        total = vadd(total, x), vstore(column_sums + c, vadd(vload(column_sums + c), x));
+      }
+      row_sums[i] = reduce_add(total);
+    }
+    // Any real distance of the block names the row.
+    const int64_t row = p->rel_index[strip_position(*p, span, q0, k0 + columns.lo)];
+    auto load = [&](const Input& t, T* to) {
+      if (t.data) load_row<T>(p->dtype, row_address(t, p->dtype, span.batch, head, row), p->head_dim, panels * NR, to);
+    };
+    load(p->rel_q, row_q), load(p->rel_k, row_k);
+  }
+  static constexpr DType element_type = sizeof(Element) == 8   ? DType::f64
+                                        : sizeof(Element) == 4 ? DType::f32
+                                                               : DType::bf16;
+
+  // to(n, :) += factor[n] * row(:) for kRows rows of every panel, `to_panel` apart.
+  void add_multiples(const T* factor, const T* row, T* to, int64_t to_panel) const {
+    for (int64_t f = 0; f < panels; ++f)
+      for (int n = 0; n < kRows; ++n)
+        for (int j = 0; j < NR; j += W) {
+          T* at = to + f * to_panel + n * NR + j;
+          vstore(at, vfma(vset(factor[n]), vload(row + f * NR + j), vload(at)));
+        }
+  }
+  // sums(distance) += sum over n of factor[n] * b(n, :), b packed by pack_rows.
+  void add_combination(const T* factor, int64_t from, int64_t to, const T* b, int64_t b_panel, T* sums) const {
+    for (int64_t f = 0; f < panels; ++f)
+      for (int j = 0; j < NR; j += W) {
+        T* at = sums + f * sum_rows * NR + j;
+        Vec<T> total = vload(at);
+        for (int64_t n = from; n < to; ++n)
+          total = vfma(vset(factor[n]), unpacked(b + f * b_panel + n / pair * NR + j, n), total);
+        vstore(at, total);
+      }
+  }
+  static INLINE Vec<T> unpacked(const T* b, int64_t n) {
+#if defined(__AVX512BF16__)
+    if constexpr (pair == 2) {
+      const __m512i both = _mm512_loadu_si512(b);
+      return _mm512_castsi512_ps(n % 2 ? _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000)))
+                                       : _mm512_slli_epi32(both, 16));
+    }
+#endif
+    return vload(b);
+  }
+
   static INLINE void copy_row(const T* from, Element* to) {
 #if defined(__AVX512BF16__)
     if constexpr (pair == 2) return store_row_pairs((float*)to, vload(from), vload(from + W));
@@ -120,6 +182,7 @@ struct RelativeGradients {
 
   // d rel_query of one group of rows, into tiles of MB rows: `to` is the group's place in the first panel.
   void add_queries(int64_t row, int64_t i, int64_t k0, Range columns, T* to) const {
+    if (single) return add_multiples(row_sums + row, row_q, to, MB * NR);
     const int64_t place0 = place(i, k0 + columns.lo) - (kRows - 1), shift = place0 % pair;
     const int64_t steps = ceil_div(columns.hi - columns.lo + kRows - 1 + shift, pair);
     const Element* a = ds + row * LD + columns.lo - (kRows - 1) - shift;
@@ -130,6 +193,7 @@ struct RelativeGradients {
   // d rel_q, as sums by distance in rising order, from a block of `count` queries from q0 on; b is their packed
   // rel_query, panels b_panel apart.
   void add_rows_q(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel, T* sums) const {
+    if (single) return add_combination(row_sums, 0, count, b, b_panel, sums + sum_place(q0, k0 + columns.lo) * NR);
     for (int64_t d = columns.lo - (count - 1); d < columns.hi; d += kRows) {
       const int64_t first = max_of<int64_t>(0, columns.lo - d - (kRows - 1)) / pair * pair,
                     last = min_of<int64_t>(count, columns.hi - d);
@@ -142,6 +206,7 @@ struct RelativeGradients {
   }
   // d key of one group of keys (column c on) from the rows [first, last) of the block of queries at q0.
   void add_keys(int64_t q0, int64_t first, int64_t last, int64_t k0, int64_t c, T* to, int64_t to_panel) const {
+    if (single) return add_multiples(column_sums + c, row_k, to, to_panel);
     int64_t i = first - (kRows - 1), falling = rows - 1 - place(q0 + i, k0 + c);
     const int64_t shift = falling % pair, steps = ceil_div(last - first + kRows - 1 + shift, pair);
     i -= shift, falling -= shift;
@@ -151,6 +216,9 @@ struct RelativeGradients {
   }
   // d rel_k from a block of `count` queries from q0 on; b is the block's packed keys, panels b_panel apart.
   void add_rows_k(int64_t q0, int64_t count, int64_t k0, Range columns, const T* b, int64_t b_panel, T* sums) const {
+    if (single)
+      return add_combination(column_sums, columns.lo, columns.hi, b, b_panel,
+                             sums + sum_place(q0, k0 + columns.lo) * NR);
     for (int64_t d = columns.lo - (count - 1); d < columns.hi; d += kRows) {
       const int64_t first = max_of<int64_t>(columns.lo, d) / pair * pair,
                     last = min_of<int64_t>(columns.hi, d + kRows - 1 + count);

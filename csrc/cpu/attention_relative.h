@@ -81,18 +81,26 @@ struct RelativeBlock {
   static constexpr int64_t band_row = (NB / NR + 2 + (kRows + NR - 2) / NR) * NR + W;
   // A panel of keys meets the runs of MB + NR - 1 positions, in whole groups of kRows.
   static constexpr int64_t table_rows = round_up(MB + NR - 1 + kRows, kRows) + kRows;
+  // Two neighbouring blocks of queries share the runs of NR - 1 positions.
+  static constexpr int32_t kept_most = (NR - 2) / kRows + 2;
 
-  T *band = nullptr, *table = nullptr;
+  T *band = nullptr, *table = nullptr, *kept_tables = nullptr;
+  int32_t* kept_groups = nullptr;            // [first, end) of each slot
   int32_t *base = nullptr, *done = nullptr;  // panels of runs that a group's band holds: [base, done)
   const int32_t* runs = nullptr;             // Runs::origin
   RelativeRows<C> rows;
-  int64_t depth = 0, table_base = 0;
+  int64_t depth = 0, table_base = 0, slots = 0;
 
-  void lay_out(const AttentionProblem& p, Arena& arena) {
+  void lay_out(const AttentionProblem& p, Arena& arena, int64_t key_panels) {
     *this = {};
-    if (p.rel_q.data)
-      band = arena.take<T>(MB * band_row), base = arena.take<int32_t>(groups), done = arena.take<int32_t>(groups);
-    if (p.rel_k.data) table = arena.take<T>(table_rows * NR);
+    if (p.rel_q.data) {
+      band = arena.take<T>(MB * band_row);
+      base = arena.take<int32_t>(groups), done = arena.take<int32_t>(groups);
+    }
+    if (!p.rel_k.data) return;
+    slots = key_panels;
+    table = arena.take<T>(table_rows * NR);
+    kept_tables = arena.take<T>(slots * kept_most * kRows * NR), kept_groups = arena.take<int32_t>(slots * 2);
   }
   // A new block of queries.
   void begin(const RelativeRows<C>& packed, const int32_t* origin, int64_t packed_depth) {
@@ -127,13 +135,26 @@ struct RelativeBlock {
                   band + g * kRows * band_row + (panel - base[g]) * NR, band_row);
   }
 
-  // Products of the runs that the queries [q0, q1) have with the panel of keys at j.
-  void fill_table(const T* keys, int64_t q0, int64_t q1, int64_t j) {
+  // Products of the runs that the queries [q0, q1) have with the panel of keys at j. Those that the block of queries
+  // before had, too, are kept: of panel `slot` the first groups of runs where queries rise, the last where they fall.
+  void fill_table(const T* keys, int64_t q0, int64_t q1, int64_t j, int64_t slot, bool rising) {
     if (!table) return;
-    const int64_t first = runs[j - (q1 - 1)] / kRows, last = runs[j + NR - 1 - q0] / kRows;
+    constexpr int64_t group = kRows * NR;
+    const int32_t first = runs[j - (q1 - 1)] / kRows, end = runs[j + NR - 1 - q0] / kRows + 1;
+    int32_t &kept_first = kept_groups[2 * slot], &kept_end = kept_groups[2 * slot + 1];
+    T* kept = kept_tables + slot * kept_most * group;
     table_base = first * kRows;
-    for (int64_t t = first; t <= last; ++t)
-      product(rows.k + t * kRows * depth, keys, table + (t - first) * kRows * NR, NR);
+    for (int32_t t = first; t < end; ++t)
+      if (t >= kept_first && t < kept_end)
+        memcpy(table + (t - first) * group, kept + (t - kept_first) * group, group * sizeof(T));
+      else
+        product(rows.k + t * kRows * depth, keys, table + (t - first) * group, NR);
+    kept_first = rising ? first : max_of(first, end - kept_most), kept_end = min_of(end, kept_first + kept_most);
+    memcpy(kept, table + (kept_first - first) * group, size_t(kept_end - kept_first) * group * sizeof(T));
+  }
+  // What was kept belongs to one query head and one numbering of slots.
+  void forget_tables() {
+    if (table) memset(kept_groups, 0, size_t(slots) * 2 * sizeof(int32_t));
   }
 
   void product(const T* a, const T* b, T* to, int64_t to_row) const {

@@ -113,10 +113,10 @@ struct RelativeGradients {
     if constexpr (pair == 2) {
       const int64_t from = vertical ? 1 - row_margin : 0, to = used_rows + (vertical ? row_margin - 1 : 0);
       for (int64_t i = from; i < to; i += vertical ? 1 : 2)
-        for (int64_t c = columns.lo - margin; c < columns.hi + margin; c += W) {
+        for (int64_t c = columns.lo - margin; c < columns.hi + margin; c += 2 * W) {
           const Element* at = ds + i * LD + c;
-          vstore(diagonal + i * LD + c, interleave(at, at + LD + 1));
-          if (vertical) vstore(vertical + i * LD + c, interleave(at, at + LD));
+          interleave32(at, at + LD + 1, diagonal + i * LD + c);
+          if (vertical) interleave32(at, at + LD, vertical + i * LD + c);
         }
     }
 #endif

@@ -222,6 +222,15 @@ INLINE F interleave(const uint16_t* first, const uint16_t* second) {
   __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
   return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
+// The same of 32 elements each.
+INLINE void interleave32(const uint16_t* first, const uint16_t* second, float* to) {
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+}
 // Rounds two rows to bf16 and stores them as pairs.
 INLINE void store_pairs(float* p, F first, F second) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,

@@ -5,11 +5,13 @@ Examples differ in every run; a failure prints the case and the blob that repeat
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pyext
+from pyext.ops import _passes
 from support import backends, layouts
 from support.cases import DTYPES, Case, compare, expected, run
 from support.parts import (
@@ -158,11 +160,19 @@ def cases(draw):
 
 
 @settings(max_examples=150, suppress_health_check=QUIET, **OPTIONS)
-@given(which=cases(), dtype=st.sampled_from(DTYPES), seed=seeds, threads=st.sampled_from([1, 2]))
-def test_any_call(which, dtype, seed, threads):
+@given(
+    which=cases(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+    threads=st.sampled_from([1, 2]),
+    least=st.sampled_from([9, _passes.LEAST_QUERIES]),
+)
+def test_any_call(which, dtype, seed, threads, least):
+    """least: the number of queries from which on a mask may be reordered."""
     drawn, reference, eager = expected(which, dtype, seed)
     for backend in backends.ALL:
-        with backend.selected():
+        with backend.selected(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_passes, "LEAST_QUERIES", least)
             got = run(drawn, backend.impl, threads)
         compare(drawn, got, reference, eager)
 

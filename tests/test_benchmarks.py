@@ -1,5 +1,6 @@
 """The benchmark harness: its arithmetic, its error rule; a wrong result has no speed. No timing is asserted."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,8 +14,9 @@ if ROOT not in sys.path:
     sys.path.append(ROOT)
 
 import pyext  # noqa: E402
-from benchmarks import attention_cases, harness, peers, report, rotary_cases  # noqa: E402
+from benchmarks import attention_cases, harness, mask_cases, peers, report, rotary_cases  # noqa: E402
 from benchmarks.harness import Case, Contender, Measured, Work  # noqa: E402
+from pyext._primitives import Sizes  # noqa: E402
 
 MEASURED = Measured({"pyext": 0.5, "SDPA": 2.0}, flops=100.0, bytes=40.0, peak=400.0, bandwidth=160.0)
 
@@ -198,3 +200,26 @@ def test_a_busy_machine_is_noted():
     assert rotation.disturbances() == []
     rotation.peaks = [60.0, 80.0, 100.0]
     assert "1.25 of its median" in rotation.disturbances()[0]
+
+
+def test_live_tiles():
+    """Counted by stripes as counted at once; the formulas say what the masks show."""
+    lower = mask_cases.Pattern("causal", (1, 1, 2048, 8), pyext.masks.causal(), lambda i, j: j <= i)
+    assert mask_cases.live_tiles(lower) == mask_cases.causal_tiles(2048) == sum(n // 4 + 1 for n in range(256))
+    length = 600
+    index = torch.arange(length)
+    sizes = Sizes((1,), 1, length, length, torch.device("cpu"), torch.float32)
+    for pattern in mask_cases.patterns():
+        shown = pattern.mask.visible(0, 0, index[:, None], index, sizes)
+        assert torch.equal(shown, pattern.shows(index[:, None], index)), pattern.name
+
+
+def test_masks_are_compared_with_the_truth_in_stripes(monkeypatch):
+    monkeypatch.setattr(mask_cases, "CHUNK", 64)
+    pattern = dataclasses.replace(mask_cases.patterns()[0], shape=(1, 2, 288, 8))
+    work = mask_cases.mask_work(pattern, "forward+backward", "fp32", 3)
+    assert harness.check(work)["ok"]
+    whole = work.truth(torch.float64)
+    monkeypatch.setattr(mask_cases, "CHUNK", 288)
+    for name, value in work.truth(torch.float64).items():
+        torch.testing.assert_close(value, whole[name])

@@ -23,6 +23,11 @@ namespace {
 
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 
+// How the row of relative rows depends on the distance.
+enum class Index { identity, clipped, constant, rising, jumping };
+// What a block table holds: no partial block, some, or nothing else.
+enum class Blocks { none, full, mixed, partial };
+
 // What a case is made of. Strides come later, from the seed.
 struct Case {
   DType dtype;
@@ -31,6 +36,9 @@ struct Case {
   int64_t sequences = 0;
   DType dense_dtype;
   bool dense, diag, diag_index, mask, intervals, sinks, grad_lse;
+  bool rel_q, rel_k, own_rel_query, segment;
+  Index rel_index;
+  Blocks blocks;
   double softcap, dropout;
   uint64_t seed;
   int64_t heads() const { return kv_heads * group; }
@@ -67,6 +75,13 @@ Case make_case(Random& random) {
   c.grad_lse = random.one_in(2);
   c.softcap = random.one_in(4) ? 5.0 : 0.0;
   c.dropout = random.one_in(4) ? 0.25 : 0.0;
+  if (random.one_in(2)) {  // the rest is left to the kernel for decoding, which takes none of these
+    c.rel_q = random.one_in(2), c.rel_k = random.one_in(2);
+    c.own_rel_query = random.one_in(2);
+    c.rel_index = static_cast<Index>(random.below(5));
+    c.segment = !c.sequences && random.one_in(3);
+    if (!c.sequences) c.blocks = static_cast<Blocks>(random.below(4));
+  }
   c.seed = random.next();
   return c;
 }
@@ -87,10 +102,22 @@ std::string describe(const Case& c) {
   if (c.sequences) number("sequences", c.sequences);
   if (c.softcap != 0) number("softcap", c.softcap);
   if (c.dropout != 0) number("dropout", c.dropout);
-  const std::pair<bool, const char*> flags[] = {
-      {c.dense, " dense"}, {c.diag, " diag"},           {c.diag_index, " index"}, {c.mask, " mask"},
-      {c.sinks, " sinks"}, {c.intervals, " intervals"}, {c.grad_lse, " grad_lse"}};
+  const std::pair<bool, const char*> flags[] = {{c.dense, " dense"},
+                                                {c.diag, " diag"},
+                                                {c.diag_index, " index"},
+                                                {c.mask, " mask"},
+                                                {c.sinks, " sinks"},
+                                                {c.intervals, " intervals"},
+                                                {c.grad_lse, " grad_lse"},
+                                                {c.segment, " segment"},
+                                                {c.rel_q, " rel_q"},
+                                                {c.rel_k, " rel_k"},
+                                                {c.rel_q && c.own_rel_query, " own_rel_query"}};
   for (const auto& [set, name] : flags) text += set ? name : "";
+  const char* indices[] = {"identity", "clipped", "constant", "rising", "jumping"};
+  if (c.rel_q || c.rel_k) text += std::string(" rel_index=") + indices[static_cast<int>(c.rel_index)];
+  const char* blocks[] = {"none", "full", "mixed", "partial"};
+  if (c.blocks != Blocks::none) text += std::string(" blocks=") + blocks[static_cast<int>(c.blocks)];
   return text;
 }
 
@@ -137,7 +164,10 @@ struct Instance {
       p.grad_sinks = flat("grad_sinks", c.heads());
     }
     add_masks();
+    add_blocks();
     add_biases();
+    add_relative();
+    add_segments();
     add_sequences();
   }
 
@@ -218,6 +248,14 @@ struct Instance {
   void* flat(const std::string& name, int64_t count) {
     return result(name, View::make(1, 1, 1, count, 0, 0), c_.accumulator()).data();
   }
+  // A gradient that the kernel adds to; now and then it is not wanted.
+  void* flat_sum(const std::string& name, int64_t count) {
+    if (random_.one_in(3)) return nullptr;
+    void* data = flat(name, count);
+    results_.back().zeroed = true;
+    return data;
+  }
+  int64_t one_or(int64_t all) { return random_.one_in(2) ? all : 1; }
   Memory& result(const std::string& name, const View& view, DType dtype) {
     results_.push_back({name, view, std::make_unique<Memory>(view.elements(), dtype, guard_before_), false});
     return *results_.back().memory;
@@ -252,6 +290,38 @@ struct Instance {
     }
   }
 
+  void add_blocks() {
+    if (c_.blocks == Blocks::none) return;
+    const int64_t rows = (c_.q_len + kBlock - 1) / kBlock, columns = (c_.k_len + kBlock - 1) / kBlock, bitmaps = 4;
+    const int64_t batch = one_or(c_.batch), heads = one_or(c_.heads());
+    std::vector<int32_t> offsets, entries;
+    for (int64_t table = 0; table < batch * heads; ++table) {
+      for (int64_t row = 0; row <= rows; ++row) {
+        offsets.push_back(static_cast<int32_t>(entries.size() / 2));
+        for (int64_t column = 0; row < rows && column < columns; ++column) {
+          if (random_.one_in(3)) continue;
+          const bool full = c_.blocks == Blocks::full || (c_.blocks == Blocks::mixed && random_.one_in(2));
+          entries.push_back(static_cast<int32_t>(column));
+          entries.push_back(static_cast<int32_t>(full ? -1 : random_.below(bitmaps)));
+        }
+      }
+    }
+    auto list = [&](const std::vector<int32_t>& from) {
+      return integers(static_cast<int64_t>(from.size()), [&](int64_t i) { return from[static_cast<size_t>(i)]; });
+    };
+    problem.block_offsets = list(offsets), problem.block_index = list(entries);
+    problem.block_head = heads == 1 ? 0 : rows + 1, problem.block_batch = batch == 1 ? 0 : heads * (rows + 1);
+    const int64_t row_bytes = kBlock / 8;
+    masks_.push_back(std::make_unique<Memory>(bitmaps * kBlock * row_bytes, 1, guard_before_));
+    char* bits = static_cast<char*>(masks_.back()->data());
+    for (int64_t i = 0; i < bitmaps * kBlock * row_bytes; ++i) {
+      // The first bitmap hides whole panels, the second whole rows.
+      const bool hidden = i / row_bytes < kBlock ? i % row_bytes < 9 : i / row_bytes < kBlock + kBlock / 2;
+      bits[i] = static_cast<char>(hidden ? 0 : random_.one_in(2) ? -1 : random_.below(256));
+    }
+    problem.block_bits = reinterpret_cast<const uint8_t*>(bits);
+  }
+
   void add_biases() {
     if (c_.dense) {
       const int64_t batch = random_.one_in(2) ? c_.batch : 1, heads = random_.one_in(2) ? c_.heads() : 1;
@@ -276,6 +346,54 @@ struct Instance {
       problem.diag = numbers(problem.diag_heads * problem.diag_rows, c_.accumulator());
       if (!random_.one_in(3)) problem.grad_diag = flat("grad_diag", problem.diag_heads * problem.diag_rows);
     }
+  }
+
+  void add_relative() {
+    if (!c_.rel_q && !c_.rel_k) return;
+    const int64_t length = std::max<int64_t>(0, c_.q_len + c_.k_len - 1), reach = 1 + random_.below(40);
+    int32_t risen = 0;
+    auto row = [&](int64_t u) -> int64_t {
+      switch (c_.rel_index) {
+        case Index::identity:
+          return u;
+        case Index::clipped:
+          return std::min(std::max<int64_t>(u - length / 2 + reach, 0), 2 * reach);
+        case Index::constant:
+          return 1;
+        case Index::rising:
+          return risen += u > 0 && random_.one_in(3);
+        case Index::jumping:
+          return random_.below(7);
+      }
+      return 0;
+    };
+    problem.rel_rows = c_.rel_index == Index::clipped ? 2 * reach + 1 : std::max<int64_t>(length, 7);
+    problem.rel_index = integers(length, [&](int64_t u) { return static_cast<int32_t>(row(u)); });
+    auto rows = [&](const char* name, Input& to, int64_t& batch, int64_t& heads) {
+      batch = one_or(c_.batch), heads = one_or(c_.heads());
+      const View view = layout(batch, heads, problem.rel_rows, c_.head_dim);
+      to = broadcast(strided<const void*>(view, filled(view, c_.dtype, [&] { return number(); })), view);
+      return flat_sum(name, batch * heads * problem.rel_rows * c_.head_dim);
+    };
+    if (c_.rel_k) problem.grad_rel_k = rows("grad_rel_k", problem.rel_k, problem.rel_k_batch, problem.rel_k_heads);
+    if (!c_.rel_q) return;
+    problem.grad_rel_q = rows("grad_rel_q", problem.rel_q, problem.rel_q_batch, problem.rel_q_heads);
+    problem.rel_query = c_.own_rel_query ? input(c_.heads(), c_.q_len, c_.head_dim) : problem.query;
+    problem.grad_rel_query = output("grad_rel_query", c_.heads(), c_.q_len, c_.head_dim);
+  }
+
+  void add_segments() {
+    if (!c_.segment) return;
+    const int64_t count = c_.batch * c_.heads() * c_.q_len * 2;
+    problem.segment = numbers(count, c_.accumulator());
+    auto ids = [&](int64_t length, int64_t& batch_stride) {
+      const int64_t batch = one_or(c_.batch);
+      batch_stride = batch == 1 ? 0 : length;
+      return integers(batch * length, [&](int64_t) { return static_cast<int32_t>(random_.below(3)); });
+    };
+    problem.segment_q = ids(c_.q_len, problem.segment_q_batch);
+    problem.segment_k = ids(c_.k_len, problem.segment_k_batch);
+    problem.grad_segment = flat_sum("grad_segment", count);
   }
 
   void add_sequences() {

@@ -154,7 +154,10 @@ def padding(c: Context, keys=None, queries=None) -> Term:
 
 @part
 def documents(c: Context, batched=False, cross=False, count=4, mixed=False) -> Term:
-    """Ids of packed sequences, contiguous unless mixed; with cross the keys have their own, not all on both sides."""
+    """Ids of packed sequences, contiguous unless mixed; with cross the keys have their own, not all on both sides.
+
+    Then the first query's document has no key.
+    """
     s = c.shape
     rows = s.b if batched else 1
 
@@ -163,7 +166,9 @@ def documents(c: Context, batched=False, cross=False, count=4, mixed=False) -> T
         return drawn if mixed else drawn.sort(-1, descending=True).values
 
     ids_q = ids(s.lq)
-    ids_k = ids(s.lk) if cross else ids_q
+    ids_k = ids(s.lk) if cross else ids_q.clone()
+    if cross:
+        ids_q[:, :1] = count
     allowed = (ids_q.unsqueeze(-1) == ids_k.unsqueeze(-2)).unsqueeze(1)
     if not batched:
         ids_q, ids_k = ids_q[0], ids_k[0]

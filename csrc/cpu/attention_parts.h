@@ -163,6 +163,8 @@ struct ScoreTerms {
   DType dense_dtype;
   const char* dense = nullptr;  // row 0 of this (batch, head)
   int64_t dense_row_bytes = 0;
+  int64_t dense_ahead = 0;  // bytes from what is read to what the next block will read in its place: short pieces of
+                            // far-apart rows are nothing that the hardware sees coming
   const uint8_t* mask = nullptr;
   int64_t mask_row = 0;
   const T* segment = nullptr;  // two values per row of this (batch, head): keys of another segment, of the same one
@@ -197,6 +199,7 @@ struct ScoreTerms {
       Vec<T> x = vset(T(0));
       if (bias && left > 0) {
         const char* at = bias + c * element_size(dtype);
+        _mm_prefetch(at + dense_ahead, _MM_HINT_T1);
         x = in_units(left >= W ? vload_as(dtype, at, T(0)) : vload_some<T>(dtype, at, left));
       }
       if (strip) x = vadd(x, vload(strip + j - i));

@@ -269,7 +269,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   // Gradients in the accumulator type, empty where they are not wanted.
   auto gradient = [&](const MaybeTensor& of, bool needed) {
     if (!of || !needed) return empty(a.query, {0}, acc);
-    return torch::stable::new_zeros(a.query, of->sizes(), acc);
+    Tensor zeros = torch::stable::new_empty(a.query, of->sizes(), acc);
+    use_huge_pages(zeros);
+    return torch::stable::zero_(zeros);
   };
   Tensor grad_dense = gradient(a.dense, need_dense), grad_diag = gradient(a.diag, need_diag),
          grad_rel_q = gradient(a.rel_q, need_rel_q), grad_rel_k = gradient(a.rel_k, need_rel_k),

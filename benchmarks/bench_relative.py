@@ -7,5 +7,5 @@ from .pytest_case import run_benchmark
 
 
 @pytest.mark.parametrize("case", relative_cases.all_cases(), ids=lambda case: case.name)
-def bench_rotary(benchmark, case):
+def bench_relative(benchmark, case):
     run_benchmark(benchmark, case)

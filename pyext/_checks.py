@@ -21,6 +21,13 @@ def shape_error(name: str, expected: str, why: str, got: Tensor) -> ValueError:
     return ValueError(f"{name} must have shape {expected}{why and ' ' + why}, got {shape_text(got.shape)}")
 
 
+def head_width(total_name: str, total: int, heads_name: str, heads: int) -> int:
+    """total / heads, or ValueError where that is no integer."""
+    if heads < 1 or total % heads != 0:
+        raise ValueError(f"{total_name} must be a multiple of {heads_name}, got {total} and {heads}")
+    return total // heads
+
+
 def is_dense(value) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from .. import bias as _bias
 from .. import masks as _masks
 from ..ops.attention import attention
@@ -49,10 +50,9 @@ class DisentangledAttention(nn.Module):
     ):
         super().__init__()
         if attention_head_size is None:
-            if hidden_size % num_attention_heads != 0:
-                sizes = f"{hidden_size} and {num_attention_heads}"
-                raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {sizes}")
-            attention_head_size = hidden_size // num_attention_heads
+            attention_head_size = _checks.head_width(
+                "hidden_size", hidden_size, "num_attention_heads", num_attention_heads
+            )
         unknown = sorted(set(pos_att_type) - {"c2p", "p2c"})
         if unknown:
             raise ValueError(f"pos_att_type must be made of 'c2p' and 'p2c', got {unknown[0]!r}")

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
 from .. import bias as _bias
 from .. import masks as _masks
 from .._primitives import acc_dtype
@@ -44,11 +45,7 @@ class XLNetAttention(nn.Module):
     ):
         super().__init__()
         if d_head is None:
-            if d_model % n_head != 0:
-                raise ValueError(
-                    f"d_model must be a multiple of n_head where d_head is None, got {d_model} and {n_head}"
-                )
-            d_head = d_model // n_head
+            d_head = _checks.head_width("d_model", d_model, "n_head", n_head)
         self.d_model, self.n_head, self.d_head, self.impl = d_model, n_head, d_head, impl
         where = {"device": device, "dtype": dtype}
         for name in ("q", "k", "v", "o", "r"):

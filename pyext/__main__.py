@@ -179,7 +179,7 @@ def _check(case: Case, dtype: torch.dtype, impl: str, isa: str | None) -> tuple[
 
 def _self_check() -> bool:
     native = _native.module()
-    paths = [("cpu", isa) for isa in native.available_isas()] if native else []
+    paths = [("cpu", isa) for isa in native.available_isas()] if _native.available() else []
     print("\nself-check: max error against the fp64 reference, forward and backward")
     print(f"  {'path':<16} {'dtype':<5} {'case':<8} {'out':>9}  {'lse':>9}  {'gradient':>9}  {'of limit':>9}")
     good = True

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_FLOATING = FLOATING[:3]  # what Triton and CUDA kernels take
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

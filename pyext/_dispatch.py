@@ -11,35 +11,50 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from . import _checks, _native
+from . import _checks, _native, _triton_runtime
 
 
 def _cuda(op: str, problem: tuple) -> str | None:
-    return f"no CUDA kernel in this build for {op}"
-
-
-def _triton(op: str, problem: tuple) -> str | None:
-    return f"no Triton kernel in this build for {op}"
+    if "cuda" not in _kernels(op) or not _native.has_cuda():
+        return f"no CUDA kernel in this build for {op}"
+    if not problem[0].is_cuda:
+        return f"the tensors are on {problem[0].device}"
+    return _unsupported("CUDA", problem, _checks.GPU_FLOATING)
 
 
 def _cpu(op: str, problem: tuple) -> str | None:
-    first = problem[0]
     if not _native.available():
         return _native.reason()
-    if not first.is_cpu:
-        return f"the tensors are on {first.device}"
-    if first.dtype not in _checks.FLOATING:
-        return f"dtype {first.dtype} is not supported"
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return "the CPU kernels do not support torch.func transforms (grad, vmap, jvp)"
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, problem)):
-        return "the CPU kernels have no forward-mode derivative"
-    return None
+    if not problem[0].is_cpu:
+        return f"the tensors are on {problem[0].device}"
+    return _unsupported("CPU", problem, _checks.FLOATING)
+
+
+def _triton(op: str, problem: tuple) -> str | None:
+    if "triton" not in _kernels(op):
+        return f"no Triton kernel in this build for {op}"
+    why = _triton_runtime.reason(problem[0])
+    return why or _unsupported("Triton", problem, _checks.GPU_FLOATING)
 
 
 def _reference(op: str, problem: tuple) -> str | None:
+    return None
+
+
+def _kernels(op: str) -> tuple[str, ...]:
+    return _OPS[op].kernels
+
+
+def _unsupported(kernels: str, problem: tuple, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why these kernels cannot take the dtype, or what surrounds the call."""
+    if problem[0].dtype not in dtypes:
+        return f"dtype {problem[0].dtype} is not supported"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return f"the {kernels} kernels do not support torch.func transforms (grad, vmap, jvp)"
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, problem)):
+        return f"the {kernels} kernels have no forward-mode derivative"
     return None
 
 
@@ -47,12 +62,12 @@ def _has_tangent(value) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-#: Every backend, fastest first: its name, and why it refuses a problem (a tuple whose first tensor settles device
-#: and dtype).
+#: Every backend, fastest first (the CPU's kernels before interpreted Triton): its name, and why it refuses a problem, a
+#: tuple whose first tensor settles device and dtype.
 BACKENDS: tuple[tuple[str, Callable[[str, tuple], str | None]], ...] = (
     ("cuda", _cuda),
-    ("triton", _triton),
     ("cpu", _cpu),
+    ("triton", _triton),
     ("reference", _reference),
 )
 NAMES = tuple(name for name, _ in BACKENDS)
@@ -115,14 +130,15 @@ class Explanation(Mapping):
 class _Op(NamedTuple):
     function: Callable
     prepare: Callable  # the op's arguments (all but impl) as keywords -> the flat problem
+    kernels: tuple[str, ...]  # the backends that have kernels for it, besides the reference
 
 
 _OPS: dict[str, _Op] = {}
 
 
-def register(function: Callable, prepare: Callable) -> None:
-    """Make `explain` know a public op. `prepare` validates and lowers a call without running it."""
-    _OPS[function.__name__] = _Op(function, prepare)
+def register(function: Callable, prepare: Callable, kernels: tuple[str, ...]) -> None:
+    """Make a public op known. `prepare` validates and lowers a call without running it; `kernels` names backends."""
+    _OPS[function.__name__] = _Op(function, prepare, kernels)
 
 
 def explain(op: Callable | str, *args, **kwargs) -> Explanation:

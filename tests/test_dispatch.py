@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import pyext
 from pyext import _dispatch, _native
 
-BACKENDS = ["cuda", "triton", "cpu", "reference"]
+BACKENDS = ["cuda", "cpu", "triton", "reference"]
 
 
 def qkv(*size, **options):
@@ -72,7 +72,7 @@ def test_forced_backend_never_falls_back(op, impl):
 
 @pytest.mark.parametrize("impl", ["CPU", "native", "", None])
 def test_unknown_impl(impl):
-    with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'cuda', 'triton', 'cpu', 'reference', got"):
+    with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'cuda', 'cpu', 'triton', 'reference', got"):
         pyext.attention(*qkv(), impl=impl)
     with pytest.raises(ValueError, match="impl must be one of"):
         pyext.explain(pyext.attention, *qkv(), impl=impl)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._primitives import AttentionProblem, acc_dtype
+from . import _register
 
 _FIELDS = AttentionProblem._fields
 TENSORS = _FIELDS.index("seed") + 1  # the tensors come first: query, key, value, then optional ones
@@ -16,8 +17,6 @@ _ARGUMENTS = len(_FIELDS)
 GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
 OPTIONAL_GRADIENTS = ("dense", "diag", "rel_q", "rel_k", "segment")
 _LIKE_QUERY = ("query", "key", "value", "rel_query")
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
-_library = torch.library.Library("pyext", "IMPL")  # the registrations live as long as this object
 
 
 def _like_output(tensor: Tensor, heads: int, rows: int, width: int) -> Tensor:
@@ -49,52 +48,33 @@ class _Attention(torch.autograd.Function):
     """`attention_forward` with its gradient; saves the inputs, out and lse."""
 
     @staticmethod
-    def forward(ctx, keys, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.pyext.attention_forward.default.redispatch(keys & _BELOW_AUTOGRAD, *inputs)
+    def forward(ctx, sibling, run, *inputs):
+        output = run(*inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:TENSORS], *output)
-        ctx.numbers = inputs[TENSORS:]
+        ctx.sibling, ctx.numbers = sibling, inputs[TENSORS:]
         return output
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        none = (None,) * (1 + _ARGUMENTS)
         if grad_out is None and grad_lse is None:
-            return none
+            return (None,) * (2 + _ARGUMENTS)
         *inputs, out, lse = ctx.saved_tensors
         query, key, value, *optional = inputs
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        need = dict(zip(_FIELDS, ctx.needs_input_grad[1:], strict=True))
-        grads = torch.ops.pyext.attention_backward.default(
+        need = dict(zip(_FIELDS, ctx.needs_input_grad[2:], strict=True))
+        grads = ctx.sibling("attention_backward")(
             grad_out, grad_lse, query, key, value, out, lse, *optional, *ctx.numbers,
             *(need[name] for name in OPTIONAL_GRADIENTS),
         )  # fmt: skip
         named = dict(zip(GRADIENTS, grads, strict=True))
         dtypes = {name: tensor.dtype for name, tensor in zip(_FIELDS, inputs, strict=False) if tensor is not None}
-        return None, *(named[name].to(dtypes[name]) if need[name] and name in named else None for name in _FIELDS)
-
-
-def _attention(keys, *inputs):
-    """Autograd kernel of `attention_forward`.
-
-    Registered directly: `torch.library.register_autograd` fills in default arguments in time quadratic in their number,
-    70 us for 17 of them (torch 2.13, Zen 5).
-    """
-    return _Attention.apply(keys, *inputs)
-
-
-def _double_backward(ctx, *grads):
-    raise RuntimeError(
-        "pyext.attention: the native kernels have no second derivative (double backward); "
-        "call it with impl='reference' where gradients of gradients are needed"
-    )
+        found = (named[name].to(dtypes[name]) if need[name] and name in named else None for name in _FIELDS)
+        return None, None, *found
 
 
 def register() -> None:
     """Attach fakes and autograd to the ops; the native module must be loaded."""
-    torch.library.register_fake("pyext::attention_forward", _forward_fake)
-    torch.library.register_fake("pyext::attention_backward", _backward_fake)
-    _library.impl("attention_forward", _attention, "Autograd", with_keyset=True)
-    torch.library.register_autograd("pyext::attention_backward", _double_backward)
+    _register.register("attention_forward", _forward_fake, _Attention.apply)
+    _register.register("attention_backward", _backward_fake, _register.once_differentiable("attention"))

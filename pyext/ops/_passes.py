@@ -17,7 +17,7 @@ from torch import Tensor
 from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
 from ..masks import Mask
 from ..masks._parts import Order, Pass
-from . import _autograd
+from . import _autograd, _register
 
 #: Below so many queries gathering the keys costs more than the tiles it saves. The kernels for very few queries take
 #: the lse of their own tiles in backward, so that it cannot become fewer than those (8).
@@ -50,26 +50,26 @@ def reordered(mask: Mask, sizes: Sizes, right: int = UNBOUNDED) -> Reordered | N
     return None if passes is None else Reordered(passes, mask, sizes)
 
 
-def attend(problem: AttentionProblem, passes: tuple[Pass, ...]) -> tuple[Tensor, Tensor]:
+def attend(problem: AttentionProblem, passes: tuple[Pass, ...], backend: str) -> tuple[Tensor, Tensor]:
     """out and lse of `problem` under the mask that the passes make up."""
-    return _Attend.apply(passes, problem.scale, problem.softcap, *problem[:3], problem.sinks)
+    return _Attend.apply(backend, passes, problem.scale, problem.softcap, *problem[:3], problem.sinks)
 
 
 class _Attend(torch.autograd.Function):
     """All passes; saves the inputs, out and lse."""
 
     @staticmethod
-    def forward(ctx, passes, scale, softcap, query, key, value, sinks):
+    def forward(ctx, backend, passes, scale, softcap, query, key, value, sinks):
         problem = AttentionProblem(query, key, value, sinks=sinks, scale=scale, softcap=softcap)
         outs, lses = [], []
         for part, step in _parts(problem, passes):
-            out, lse = torch.ops.pyext.attention_forward.default(*part)
+            out, lse = _register.call(backend, "attention_forward", part)
             back = _inverse(step.queries)
             outs.append(_reordered(out, back))
             lses.append(_reordered(lse[..., None], back)[..., 0])
         out, lse = (outs[0], lses[0]) if len(outs) == 1 else _merged(outs, lses)
         ctx.set_materialize_grads(False)
-        ctx.passes, ctx.scale, ctx.softcap = passes, scale, softcap
+        ctx.backend, ctx.passes, ctx.scale, ctx.softcap = backend, passes, scale, softcap
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         return out, lse
 
@@ -78,7 +78,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, sinks, out, lse = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
-                return (None,) * 7
+                return (None,) * 8
             grad_out = torch.zeros_like(out)
         problem = AttentionProblem(query, key, value, sinks=sinks, scale=ctx.scale, softcap=ctx.softcap)
         total, grad_sinks = None, None
@@ -87,19 +87,18 @@ class _Attend(torch.autograd.Function):
             rows = [None if x is None else _reordered(x[..., None], step.queries)[..., 0] for x in (grad_lse, lse)]
             grads = None
             for part, _ in _parts(problem, (step,)):
-                found = torch.ops.pyext.attention_backward.default(
-                    outer[0], rows[0], *part[:3], outer[1], rows[1], *part[3:],
-                    *(False for _ in _autograd.OPTIONAL_GRADIENTS),
-                )  # fmt: skip
+                unneeded = (False for _ in _autograd.OPTIONAL_GRADIENTS)
+                arguments = (outer[0], rows[0], *part[:3], outer[1], rows[1], *part[3:], *unneeded)
+                found = _register.call(ctx.backend, "attention_backward", arguments)
                 named = dict(zip(_autograd.GRADIENTS, found, strict=True))
                 grads = _sum(grads, [named[name] for name in ("query", "key", "value")])
                 grad_sinks = named["sinks"] if grad_sinks is None else grad_sinks
             orders = (step.queries, step.keys, step.keys)
             total = _sum(total, [_reordered(x, _inverse(order)) for x, order in zip(grads, orders, strict=True)])
             problem = problem._replace(sinks=None)
-        need = ctx.needs_input_grad[3:]
+        need = ctx.needs_input_grad[4:]
         found = (*total, grad_sinks)
-        return None, None, None, *(grad if needed else None for grad, needed in zip(found, need, strict=True))
+        return None, None, None, None, *(grad if needed else None for grad, needed in zip(found, need, strict=True))
 
 
 def _parts(problem: AttentionProblem, passes: tuple[Pass, ...]) -> Iterator[tuple[AttentionProblem, Pass]]:

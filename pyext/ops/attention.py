@@ -18,7 +18,7 @@ from .. import bias as _bias
 from .. import masks as _masks
 from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
 from ..reference.attention import attention as _reference
-from . import _autograd, _passes
+from . import _autograd, _passes, _register
 from . import rotary as _rotary
 from ._shapes import four_dims, restore
 
@@ -160,26 +160,14 @@ def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
         problem = rotation.apply(problem, backend)
     if call.reordered is not None:
         if backend != "reference":
-            return _passes.attend(problem, call.reordered.passes)
+            return _passes.attend(problem, call.reordered.passes, backend)
         problem = call.reordered.masked(problem)
     if problem.dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
         problem = problem._replace(seed=seed)
     if backend == "reference":
         return _reference(problem)
-    forward = torch.ops.pyext.attention_forward.default
-    if torch.compiler.is_compiling() or _is_recorded(problem):
-        return forward(*problem)
-    # Past the Python autograd kernel, which would do nothing here: 4 of 10 us of a tiny call (Zen 5, torch 2.13).
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward(*problem)
-
-
-def _is_recorded(problem: AttentionProblem) -> bool:
-    """Whether autograd records this call."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in problem[: _autograd.TENSORS])
+    return _register.call(backend, "attention_forward", problem)
 
 
 def _prepare(
@@ -408,7 +396,7 @@ def _explain(prepare, return_lse, generator, deterministic, **call):
     return problem
 
 
-_dispatch.register(attention, functools.partial(_explain, _prepare))
-_dispatch.register(varlen_attention, functools.partial(_explain, _prepare_varlen))
-if _native.available():
+_dispatch.register(attention, functools.partial(_explain, _prepare), ("cpu",))
+_dispatch.register(varlen_attention, functools.partial(_explain, _prepare_varlen), ("cpu",))
+if _native.module() is not None:
     _autograd.register()

@@ -13,9 +13,7 @@ from torch import Tensor
 from .. import _checks, _dispatch, _native
 from .._primitives import AttentionProblem, RotaryProblem, acc_dtype
 from ..reference.rotary import rotary as _reference
-
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
-_library = torch.library.Library("pyext", "IMPL")  # the registrations live as long as this object
+from . import _register
 
 
 def rotary(
@@ -53,18 +51,7 @@ def rotate(problem: RotaryProblem, backend: str) -> Tensor:
     """The rotated x, by a backend that was chosen before."""
     if backend == "reference":
         return _reference(problem)
-    forward = torch.ops.pyext.rotary_forward.default
-    if torch.compiler.is_compiling() or _is_recorded(problem):
-        return forward(*problem)
-    with torch._C._AutoDispatchBelowAutograd():  # past the Python autograd kernel, which would do nothing here
-        return forward(*problem)
-
-
-def _is_recorded(problem: RotaryProblem) -> bool:
-    """Whether autograd records this call."""
-    return torch.is_grad_enabled() and (
-        problem.x.requires_grad or problem.cos.requires_grad or problem.sin.requires_grad
-    )
+    return _register.call(backend, "rotary_forward", problem)
 
 
 def _prepare(x, cos, sin, interleaved, positions, inverse) -> RotaryProblem:
@@ -229,39 +216,33 @@ class _Rotary(torch.autograd.Function):
     """`rotary_forward` with its gradient. Saves the tables, and x only if they need a gradient."""
 
     @staticmethod
-    def forward(ctx, keys, x, cos, sin, positions, interleaved, inverse):
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:4]) else None, cos, sin, positions)
-        ctx.flags = interleaved, inverse
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pyext.rotary_forward.default.redispatch(
-                keys & _BELOW_AUTOGRAD, x, cos, sin, positions, interleaved, inverse
-            )
+    def forward(ctx, sibling, run, x, cos, sin, positions, interleaved, inverse):
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:5]) else None, cos, sin, positions)
+        ctx.sibling, ctx.flags = sibling, (interleaved, inverse)
+        return run(x, cos, sin, positions, interleaved, inverse)
 
     @staticmethod
     def backward(ctx, grad):
         x, cos, sin, positions = ctx.saved_tensors
         interleaved, inverse = ctx.flags
         grad_x = grad_cos = grad_sin = None
-        if ctx.needs_input_grad[1]:
-            grad_x = torch.ops.pyext.rotary_forward.default(grad, cos, sin, positions, interleaved, not inverse)
+        if ctx.needs_input_grad[2]:
+            grad_x = ctx.sibling("rotary_forward")(grad, cos, sin, positions, interleaved, not inverse)
         if x is not None:
             sizes = (1, *cos.shape)[-3:]
-            tables = torch.ops.pyext.rotary_backward.default(grad, x, positions, *sizes, interleaved, inverse)
+            tables = ctx.sibling("rotary_backward")(grad, x, positions, *sizes, interleaved, inverse)
             grad_cos, grad_sin = (table.view(cos.shape).to(cos.dtype) for table in tables)
-        return None, grad_x, grad_cos, grad_sin, None, None, None
+        return None, None, grad_x, grad_cos, grad_sin, None, None, None
 
 
 class _Tables(torch.autograd.Function):
     """`rotary_backward` with its gradient: it is bilinear in grad and x, a rotation of either gives the other's."""
 
     @staticmethod
-    def forward(ctx, keys, grad, x, positions, *numbers):
+    def forward(ctx, sibling, run, grad, x, positions, *numbers):
         ctx.save_for_backward(grad, x, positions)
-        ctx.numbers = numbers
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pyext.rotary_backward.default.redispatch(
-                keys & _BELOW_AUTOGRAD, grad, x, positions, *numbers
-            )
+        ctx.sibling, ctx.numbers = sibling, numbers
+        return run(grad, x, positions, *numbers)
 
     @staticmethod
     def backward(ctx, cos, sin):
@@ -270,22 +251,15 @@ class _Tables(torch.autograd.Function):
 
         def turned(tensor, inverse):
             part = tensor[..., : 2 * half]  # features that are only copied reach no table
-            part = torch.ops.pyext.rotary_forward.default(part, cos, sin, positions, interleaved, inverse)
+            part = ctx.sibling("rotary_forward")(part, cos, sin, positions, interleaved, inverse)
             return torch.nn.functional.pad(part, (0, tensor.shape[3] - 2 * half))
 
-        needs_grad, needs_x = ctx.needs_input_grad[1:3]
+        needs_grad, needs_x = ctx.needs_input_grad[2:4]
         grads = turned(x, inverse) if needs_grad else None, turned(grad, not inverse) if needs_x else None
-        return None, *grads, *(None,) * 6
+        return None, None, *grads, *(None,) * 6
 
 
-def _register() -> None:
-    """Attach fakes and autograd to the ops; directly, because `torch.library.register_autograd` costs 5 us a call."""
-    torch.library.register_fake("pyext::rotary_forward", _forward_fake)
-    torch.library.register_fake("pyext::rotary_backward", _backward_fake)
-    for name, function in (("rotary_forward", _Rotary), ("rotary_backward", _Tables)):
-        _library.impl(name, function.apply, "Autograd", with_keyset=True)
-
-
-_dispatch.register(rotary, _prepare)
-if _native.available():
-    _register()
+_dispatch.register(rotary, _prepare, ("cpu",))
+if _native.module() is not None:
+    _register.register("rotary_forward", _forward_fake, _Rotary.apply)
+    _register.register("rotary_backward", _backward_fake, _Tables.apply)

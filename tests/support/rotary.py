@@ -98,8 +98,9 @@ def oracle(drawn: Drawn, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if case.interleaved:
         first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
     turned = torch.complex(first, second) * turn
-    parts = torch.view_as_real(turned)
-    parts = parts.flatten(-2) if case.interleaved else torch.cat([parts[..., 0], parts[..., 1]], -1)
+    # Not view_as_real: its gradient is a view as complex numbers, which storage at an odd offset cannot give.
+    parts = turned.real, turned.imag
+    parts = torch.stack(parts, -1).flatten(-2) if case.interleaved else torch.cat(parts, -1)
     return torch.cat([parts, x[..., 2 * half :]], -1)
 
 

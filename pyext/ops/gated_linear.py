@@ -163,9 +163,7 @@ def _linear_backward_fake(grad, x, pre, w_gate, w_up, activation, need_x, need_w
     )
 
 
-def _mlp_backward_fake(
-    grad, x, pre, w_gate, w_up, w_down, activation, need_x, need_w, need_b, need_down, need_b_down
-):
+def _mlp_backward_fake(grad, x, pre, w_gate, w_up, w_down, activation, need_x, need_w, need_b, need_down, need_b_down):
     first = _linear_backward_fake(grad, x, pre, w_gate, w_up, activation, need_x, need_w, need_b)
     down = x.new_empty(w_down.shape if need_down else (0,))
     b_down = x.new_empty((w_down.shape[0] if need_b_down else 0,))

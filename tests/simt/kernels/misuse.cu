@@ -38,7 +38,7 @@ __global__ void shared_overrun(float*) {
 __global__ void blocks_write_the_same(float* out) { out[threadIdx.x] = static_cast<float>(blockIdx.x); }
 __global__ void global_overrun(float* out) { out[blockIdx.x * (threads + 1) + threadIdx.x] = 0; }
 __global__ void misaligned_vector(float* out) {
-  *reinterpret_cast<float4*>(out + 1 + threadIdx.x / 16) = make_float4(0, 0, 0, 0);
+  if (blockIdx.x + threadIdx.x == 0) *reinterpret_cast<float4*>(out + 1) = make_float4(0, 0, 0, 0);
 }
 __global__ void uninitialised_global(float* out) {
   if (out[threadIdx.x] > 1) out[threadIdx.x] = 0;

@@ -224,11 +224,11 @@ def _wanted(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list[Tensor 
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-_dispatch.register(gated_linear, _prepare_linear, ("cpu",))
-_dispatch.register(gated_mlp, _prepare_mlp, ("cpu",))
+_dispatch.register(gated_linear, _prepare_linear, ("cpu", "triton"))
+_dispatch.register(gated_mlp, _prepare_mlp, ("cpu", "triton"))
 if _native.module() is not None:
     _no_derivative = _register.once_differentiable("gated_linear, gated_mlp")
-    _register.register("gated_linear_forward", _linear_fake, _GatedLinear.apply)
-    _register.register("gated_linear_backward", _linear_backward_fake, _no_derivative)
-    _register.register("gated_mlp_forward", _mlp_fake, _GatedMLP.apply)
-    _register.register("gated_mlp_backward", _mlp_backward_fake, _no_derivative)
+    _register.register("gated_linear_forward", _linear_fake, _GatedLinear.apply, "gated_linear")
+    _register.register("gated_linear_backward", _linear_backward_fake, _no_derivative, "gated_linear")
+    _register.register("gated_mlp_forward", _mlp_fake, _GatedMLP.apply, "gated_linear")
+    _register.register("gated_mlp_backward", _mlp_backward_fake, _no_derivative, "gated_linear")

@@ -72,3 +72,14 @@ def build(kernels: Iterable[Kernel]) -> None:
         made = subprocess.run(["ninja", "-f", str(rules), "-C", str(OUT)], capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(f"the emulated kernels do not compile:\n{made.stdout}{made.stderr}")
+
+
+def nvcc(source: Path, arch: str, output: Path, *options: str) -> str:
+    """Compiles a kernel source for one GPU architecture ("90a"); the assembler's report on registers and spills."""
+    includes = [f"-I{folder}" for folder in (HERE, ROOT / "csrc" / "cuda", ROOT / "csrc")]
+    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", code, "-Xptxas", "-v", *includes, *options]
+    made = subprocess.run([*command, str(source), "-o", str(output)], capture_output=True, text=True)
+    if made.returncode:
+        raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{made.stdout}{made.stderr}")
+    return made.stderr

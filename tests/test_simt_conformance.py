@@ -1,10 +1,12 @@
 """The program that will compare emulator and GPU: here it runs in the emulator, and compiles for GPUs where nvcc is."""
 
+import re
 import shutil
 
 import pytest
 import torch
-from simt import conformance
+from simt import cases, conformance
+from simt.build import ROOT
 from simt.runtime import COMPLETIONS, SCHEDULES
 
 
@@ -41,3 +43,12 @@ def test_compiles_for_gpus(arch, tmp_path):
     report = conformance.compile_program(arch, tmp_path / "conformance.cubin", "-cubin")
     spills = [line for line in report.splitlines() if "spill" in line]
     assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
+
+
+def test_every_wrapper_has_a_kernel():
+    headers = "".join((ROOT / "csrc" / "cuda" / name).read_text() for name in ("ptx.h", "wgmma.h"))
+    wrappers = set(re.findall(r"^ *PYEXT_DEVICE [\w ]+? (\w+)(?:<\w+>)?\(", headers, re.M))
+    called = set(re.findall(r"ptx::(\w+)", (ROOT / cases.SOURCES["conformance"]).read_text()))
+    assert len(wrappers) > 30
+    # The two that change how many registers a warp may have compute nothing.
+    assert wrappers - called - {"setmaxnreg_dec", "setmaxnreg_inc"} <= {"shared_address", "mbarrier_try_wait"}

@@ -7,7 +7,10 @@ compiled with the sanitizer's access hooks, which libsimt.so answers. Only what 
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +64,14 @@ def _rules(kernels: Iterable[Kernel]) -> str:
     return "".join(lines)
 
 
+def _ninja() -> str:
+    """Looks beside this Python first, where pip puts it and where PATH need not lead."""
+    path = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if path is None:
+        raise RuntimeError("ninja not found: pip install ninja")
+    return path
+
+
 def build(kernels: Iterable[Kernel]) -> None:
     """Compiles what is missing or older than its source. Several processes may ask at once."""
     kernels = sorted(set(kernels), key=lambda kernel: kernel.name)
@@ -69,7 +80,8 @@ def build(kernels: Iterable[Kernel]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rules = OUT / "build.ninja"
         rules.write_text(_rules(kernels))
-        made = subprocess.run(["ninja", "-f", str(rules), "-C", str(OUT)], capture_output=True, text=True)
+        command = [_ninja(), "-f", str(rules), "-C", str(OUT), "-j", str(os.cpu_count())]
+        made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(f"the emulated kernels do not compile:\n{made.stdout}{made.stderr}")
 

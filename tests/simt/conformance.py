@@ -19,8 +19,8 @@ from . import cases
 from .build import ROOT, nvcc
 from .runtime import machine
 
-# Device and emulator may differ by this many units in the last place of fp32: of each number ("ulp": exp2, whose error
-# is documented so), or of the largest one ("sum": the order in which matrix units add and round is not specified).
+# Device and emulator may differ by this many units in the last place of fp32: of each number ("ulp": approximations,
+# whose error is documented), or of the largest one ("sum": matrix units add and round in an order of their own).
 TOLERANCE = {"exact": 0, "ulp": 2, "sum": 2}
 
 Results = dict[str, tuple[str, torch.Tensor]]
@@ -63,7 +63,8 @@ def disagreement(rule: str, device: torch.Tensor, emulator: torch.Tensor) -> flo
     x, y = (words.to(torch.int32).view(torch.float32).double() for words in (device, emulator))
     size = y.abs().max() if rule == "sum" else y.abs()
     exponent = torch.frexp(size.clamp(min=2.0**-126)).exponent
-    ulps = ((x - y).abs() / torch.exp2(exponent.double() - 24)).max().item()
+    distance = torch.where(x == y, 0.0, (x - y).abs())  # infinities are no distance from themselves
+    ulps = (distance / torch.exp2(exponent.double() - 24)).max().item()
     return 0.0 if ulps <= TOLERANCE[rule] else ulps
 
 

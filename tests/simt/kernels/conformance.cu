@@ -55,7 +55,10 @@ __global__ void conversions_kernel(const float* in, uint32_t* out) {
   results[4] = ptx::pack<bf16>(x, y);
   results[5] = ptx::pack<f16>(x, y);
 }
-__global__ void exp2_kernel(const float* in, float* out) { out[threadIdx.x] = ptx::exp2_approx(in[threadIdx.x]); }
+__global__ void approximations_kernel(const float* exponents, const float* numbers, float* out) {
+  out[threadIdx.x] = ptx::exp2_approx(exponents[threadIdx.x]);
+  out[threads + threadIdx.x] = ptx::reciprocal_approx(numbers[threadIdx.x]);
+}
 
 __global__ void vectors_kernel(const uint16_t* in, uint16_t* out) {
   auto vector = ptx::load_vector(in + threadIdx.x * 8);
@@ -167,9 +170,9 @@ void run_everywhere(Dump& dump, Random& random) {
   {
     std::vector<float> exponents(threads);
     for (float& x : exponents) x = static_cast<float>(random.below(1 << 20)) * 0x1p-12f - 150;
-    Buffer<float> in(std::move(exponents)), out(threads);
-    launch("exp2", exp2_kernel, 0, in.data(), out.data());
-    dump.line("exp2", "ulp", out.words());
+    Buffer<float> in(std::move(exponents)), numbers(random_numbers(random, threads)), out(2 * threads);
+    launch("approximations", approximations_kernel, 0, in.data(), numbers.data(), out.data());
+    dump.line("approximations", "ulp", out.words());
   }
   run_mma<bf16>(dump, random, "bf16");
   run_mma<f16>(dump, random, "f16");

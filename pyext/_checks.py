@@ -75,6 +75,12 @@ def same_dtype(name: str, value: Tensor, dtype: torch.dtype, like: str) -> None:
         raise TypeError(f"{name} must have dtype {dtype} to match {like}, got {value.dtype}")
 
 
+def one_of(name: str, value, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
 def generator(value, device: torch.device, like: str = "query") -> None:
     """The argument `generator`: a source of random numbers on the kind of device where they are used, or None."""
     if value is None:

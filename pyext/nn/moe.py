@@ -57,9 +57,8 @@ class MoE(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        for name, value, known in (("activation", activation, EXPERT_ACTIVATIONS), ("policy", policy, POLICIES)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        _checks.one_of("activation", activation, EXPERT_ACTIVATIONS)
+        _checks.one_of("policy", policy, POLICIES)
         if expert_bias and policy != "sigmoid":
             raise ValueError(f"expert_bias must be False with policy={policy!r}: it belongs to 'sigmoid'")
         self.top_k, self.activation, self.policy, self.renormalize = top_k, activation, policy, renormalize

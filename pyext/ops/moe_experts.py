@@ -201,9 +201,8 @@ def _matrix(name: str, value: Tensor, sizes: str, rows: int, why: str) -> None:
 
 def _check_layer(xs: Tensor, name: str, routing: Routing, w_gate_up, w_down, b_gate_up, b_down, activation) -> int:
     """Weights and biases of the experts against xs and one another; returns the number of the activation."""
-    if activation not in EXPERT_ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, EXPERT_ACTIVATIONS))}, got {activation!r}")
-    number, count = EXPERT_ACTIVATIONS.index(activation), routing.offsets.shape[0] - 1
+    number = EXPERT_ACTIVATIONS.index(_checks.one_of("activation", activation, EXPERT_ACTIVATIONS))
+    count = routing.offsets.shape[0] - 1
     is_gated = number < len(ACTIVATIONS)
     _check_weight("w_gate_up", w_gate_up, count, "2I" if is_gated else "I", xs.shape[1], f"routing and {name}")
     width = w_gate_up.shape[1]

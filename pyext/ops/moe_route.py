@@ -93,8 +93,7 @@ def _prepare(
     """Validate and lower a call of `route`."""
     if _checks.floating("logits", logits).dim() not in (2, 3) or logits.shape[-1] == 0:
         raise _checks.shape_error("logits", "(T, E) or (G, S, E)", "with E > 0", logits)
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+    _checks.one_of("policy", policy, POLICIES)
     experts = logits.shape[-1]
     _check_top_k(top_k, policy, experts)
     if token_mask is not None:

@@ -151,7 +151,9 @@ class _Group:
             for s in order:
                 e = self.choice[s][k]
                 unlucky = (
-                    case.policy == "gshard" and k == 1 and not 2 * float(self.gates[s][1]) > float(self.uniform[s])
+                    case.policy == "gshard"
+                    and k == 1
+                    and not 2 * float(self.gates[s][1].detach()) > float(self.uniform[s])
                 )
                 if unlucky or (case.capacity is not None and slots[e] >= case.capacity):
                     dropped += 1

@@ -99,18 +99,16 @@ def _prepare_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation) -> G
 
 def _check(named: dict[str, Tensor | None], activation) -> tuple:
     """The tensors after autocast, x as (M, K), and then N."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    _checks.one_of("activation", activation, ACTIVATIONS)
     for name, value in named.items():
         if value is not None or name in ("x", "w_gate", "w_down"):
             _checks.floating(name, value)
     named = dict(zip(named, _checks.autocast(*named.values()), strict=True))
     x, w_gate, w_up = named["x"], named["w_gate"], named["w_up"]
     for name, value in named.items():
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{name} must have dtype {x.dtype} to match x, got {value.dtype}")
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+        if value is not None:
+            _checks.same_dtype(name, value, x.dtype, "x")
+            _checks.same_device(name, value, x.device, "x")
     if x.dim() == 0:
         raise _checks.shape_error("x", "(..., K)", "", x)
     features = x.shape[-1]

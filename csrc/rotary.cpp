@@ -1,5 +1,5 @@
 // The rotary op: schema, checks of invariants, torch tensors -> RotaryProblem -> the kernels of the active instruction
-// set. Friendly messages come from Python (pyext/ops/rotary.py); what is checked here protects memory.
+// set, or of the GPU. Friendly messages come from Python (pyext/ops/rotary.py); what is checked here protects memory.
 #include "rotary.h"
 
 #include <tuple>
@@ -37,6 +37,7 @@ RotaryProblem problem_of(const Tensor& x, int64_t half, bool interleaved, bool i
 }
 
 void add_positions(RotaryProblem& p, const MaybeTensor& positions, int64_t rows) {
+  p.table_rows = rows;
   if (!positions) {
     STD_TORCH_CHECK(rows >= p.length, "the tables must have a row for every row of x");
     return;
@@ -46,6 +47,7 @@ void add_positions(RotaryProblem& p, const MaybeTensor& positions, int64_t rows)
                   "positions must be int64 (batch or 1, length)");
   p.positions = static_cast<const int64_t*>(positions->const_data_ptr());
   p.positions_batch = positions->size(0) == 1 ? 0 : p.length;
+  if (positions->is_cuda()) return;  // to read them would be to wait for the device: the kernel looks at each
   for (int64_t n = 0; n < positions->numel(); ++n)
     STD_TORCH_CHECK(p.positions[n] >= 0 && p.positions[n] < rows, "positions must lie in [0, rows of the tables)");
 }
@@ -72,8 +74,18 @@ Tensor rotary_forward(const Tensor& x, const Tensor& cos, const Tensor& sin, con
   Tensor out = empty_in_order_of(x);
   use_huge_pages(out);
   p.out = view<Output>(out);
-  kernels().rotary_forward(p, parallel());
+  run_on_device(
+      input, {&c, &s, rows ? &*rows : &c}, [&] { kernels().rotary_forward(p, parallel()); },
+      [&](auto stream) { return pyext_cuda_rotary_forward(p, stream); });
   return out;
+}
+
+// torch.sort(t, stable=True) along the last dimension: values and indices.
+std::tuple<Tensor, Tensor> sort(const Tensor& t) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  StableIValue stack[] = {from(t), from(std::optional<bool>(true)), from(int64_t{-1}), from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& positions,
@@ -89,11 +101,19 @@ std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad, const Tensor& x, 
   const MaybeTensor rows = contiguous(positions);
   add_positions(p, rows, table_rows);
   p.grad = view<Input>(upstream);
-  p.table_batch = table_batch, p.table_rows = table_rows;
+  p.table_batch = table_batch;
   Tensor grad_cos = empty(input, {table_batch, table_rows, half}, accumulator(input));
   Tensor grad_sin = empty(input, {table_batch, table_rows, half}, accumulator(input));
   p.grad_cos = grad_cos.mutable_data_ptr(), p.grad_sin = grad_sin.mutable_data_ptr();
-  kernels().rotary_backward(p, parallel());
+  std::tuple<Tensor, Tensor> tokens;
+  if (input.is_cuda() && rows) {
+    tokens = sort(table_batch == 1 ? torch::stable::flatten(*rows, 0, 1) : *rows);
+    p.sorted = static_cast<const int64_t*>(std::get<0>(tokens).const_data_ptr());
+    p.order = static_cast<const int64_t*>(std::get<1>(tokens).const_data_ptr());
+  }
+  run_on_device(
+      input, {&upstream, rows ? &*rows : &upstream}, [&] { kernels().rotary_backward(p, parallel()); },
+      [&](auto stream) { return pyext_cuda_rotary_backward(p, stream); });
   return {grad_cos, grad_sin};
 }
 
@@ -111,5 +131,12 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("rotary_forward", TORCH_BOX(&rotary_forward));
   m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
 }
+
+#if defined(PYEXT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pyext, CUDA, m) {
+  m.impl("rotary_forward", TORCH_BOX(&rotary_forward));
+  m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
+}
+#endif
 
 }  // namespace pyext

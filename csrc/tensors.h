@@ -4,6 +4,11 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(PYEXT_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -66,6 +71,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 // time is most of the time of an op that only streams.
 inline void use_huge_pages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__)
+  if (!t.is_cpu()) return;
   constexpr uintptr_t page = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t end = (begin + uintptr_t(t.numel()) * uintptr_t(t.element_size())) / page * page;
@@ -95,6 +101,29 @@ inline const KernelTable& kernels() {
   const KernelTable* table = active_kernels();
   STD_TORCH_CHECK(table, "this processor has none of the instruction sets that the kernels were built for");
   return *table;
+}
+
+// Runs cpu(), or cuda(stream) if the tensors are on a GPU: on its current stream, which CUDA graphs record. The latter is
+// a generic lambda, which a build without CUDA does not instantiate: it needs no launcher. `x` comes first in the call,
+// `others` are the other tensors that the kernel reads.
+template <class Cpu, class Cuda>
+void run_on_device(const Tensor& x, std::initializer_list<const Tensor*> others, const Cpu& cpu,
+                   [[maybe_unused]] const Cuda& cuda) {
+  for (const Tensor* t : others)
+    STD_TORCH_CHECK(t->is_cuda() == x.is_cuda() && t->get_device_index() == x.get_device_index(),
+                    "all tensors must be on one device");
+#if defined(PYEXT_CUDA)
+  if (x.is_cuda()) {
+    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "the CUDA kernels take float32, bfloat16 and float16");
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    const int error = cuda(stream);
+    STD_TORCH_CHECK(error == 0, "a CUDA kernel did not start: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+    return;
+  }
+#endif
+  cpu();
 }
 
 }  // namespace pyext

@@ -1,0 +1,74 @@
+"""Builds the emulator and kernels for it as shared libraries, with g++ and ninja only: no CUDA, no Python headers.
+
+`libsimt.so` is the emulator; every kernel source becomes a library of its own that is linked with it. Kernels are
+compiled with the sanitizer's access hooks, which libsimt.so answers. Only what changed is compiled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "simt"
+OUT = ROOT / "build" / "simt"
+RUNTIME = ("scheduler", "memory")
+
+NINJA = f"""\
+common = -std=c++17 -g -fPIC -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE
+includes = -I{HERE} -I{ROOT}/csrc/cuda -I{ROOT}/csrc
+rule runtime
+  command = g++ $common -O2 $includes -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule kernel
+  command = g++ $common -O1 -fsanitize=thread,alignment $includes $defines -x c++ -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+rule link
+  command = g++ -shared $in -o $out $libraries
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One library: a source (relative to the root) compiled with -Dname=value for each of `defines`."""
+
+    source: str
+    defines: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "_".join([Path(self.source).stem, *(f"{name.lower()}{value}" for name, value in self.defines)])
+
+    @property
+    def library(self) -> Path:
+        return OUT / f"lib{self.name}.so"
+
+
+def _rules(kernels: Iterable[Kernel]) -> str:
+    lines = [NINJA]
+    for unit in RUNTIME:
+        lines.append(f"build {OUT}/{unit}.o: runtime {HERE}/{unit}.cpp\n")
+    lines.append(f"build {OUT}/libsimt.so: link {' '.join(f'{OUT}/{unit}.o' for unit in RUNTIME)}\n")
+    for kernel in kernels:
+        lines.append(f"build {OUT}/{kernel.name}.o: kernel {ROOT / kernel.source}\n")
+        lines.append("  defines = " + " ".join(f"-D{name}={value}" for name, value in kernel.defines) + "\n")
+        # addr2line and rpath find the libraries beside each other
+        lines.append(f"build {kernel.library}: link {OUT}/{kernel.name}.o | {OUT}/libsimt.so\n")
+        lines.append(f"  libraries = -L{OUT} -lsimt '-Wl,-rpath,$$ORIGIN'\n")
+    return "".join(lines)
+
+
+def build(kernels: Iterable[Kernel]) -> None:
+    """Compiles what is missing or older than its source. Several processes may ask at once."""
+    kernels = sorted(set(kernels), key=lambda kernel: kernel.name)
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rules = OUT / "build.ninja"
+        rules.write_text(_rules(kernels))
+        made = subprocess.run(["ninja", "-f", str(rules), "-C", str(OUT)], capture_output=True, text=True)
+        if made.returncode:
+            raise RuntimeError(f"the emulated kernels do not compile:\n{made.stdout}{made.stderr}")

@@ -1,0 +1,126 @@
+// The inside of the emulator: the state of the machine while a kernel runs, shared by the .cpp files of this folder.
+//
+// Every CUDA thread is a fiber that runs until it blocks, so one operating-system thread does everything and a run is
+// repeated exactly by its seed. What the fibers know of each other's progress is kept in vector clocks: an access
+// races with an earlier one unless the clocks say that it came after.
+#pragma once
+#include <ucontext.h>
+
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+
+namespace simt {
+
+// How threads are chosen, when asynchronous work completes, and what is checked.
+struct Options {
+  enum class Schedule { fifo, lifo, random } schedule = Schedule::random;
+  enum class Completion { late, early, random } completion = Completion::random;
+  unsigned preempt = 0;  // switch threads at one in so many memory accesses; 0: only where a thread waits
+  unsigned seed = 1;
+  bool hooks = true;  // check every access of instrumented code
+};
+
+// clock[t] = n: everything thread t did up to its step n came before. Ids past the threads are asynchronous units.
+using Clock = std::vector<uint32_t>;
+void join(Clock& into, const Clock& from);
+
+// `fenced` is the part of `seen` that fences have made visible to the asynchronous proxy (TMA and wgmma).
+struct Knowledge {
+  Clock seen, fenced;
+  void join(const Knowledge& other);
+  bool knows(int thread, uint32_t step) const { return thread < static_cast<int>(seen.size()) && step <= seen[thread]; }
+  bool fences(int thread, uint32_t step) const {
+    return thread < static_cast<int>(fenced.size()) && step <= fenced[thread];
+  }
+};
+
+// A CUDA thread.
+struct Thread {
+  uint3 index;
+  int linear, lane;
+  char* stack;
+  jmp_buf context;
+  bool started = false, done = false, queued = false;
+  const char* waits_for = "its start";
+  Knowledge knowledge;
+  uint32_t step() const { return knowledge.seen[linear]; }
+  // What came before this moment is told to others (by a barrier, say); what comes after is not.
+  void next_step() { ++knowledge.seen[linear]; }
+};
+
+struct Machine {
+  Options options;
+  std::string error;
+
+  // The launch.
+  dim3 grid, block;
+  uint3 block_index;
+  uint32_t block_number;
+  int thread_count, live;
+  bool instrumented;
+  void (*body)(const void*);
+  const char* parameters;
+  size_t parameter_bytes;
+  char* shared;
+  size_t shared_bytes;
+
+  std::vector<Thread> threads;
+  std::vector<Thread*> ready;
+  Thread* current = nullptr;
+  std::deque<std::function<void()>> asynchronous;  // copies under way that complete by themselves
+  std::mt19937 random;
+
+  bool checking() const { return instrumented && options.hooks; }
+  bool one_in(unsigned n) { return random() % n == 0; }
+  // Whether a piece of work that may complete at any time does so at once.
+  bool completes_now() {
+    return options.completion == Options::Completion::early ||
+           (options.completion == Options::Completion::random && one_in(2));
+  }
+};
+extern Machine machine;
+
+inline Thread& self() { return *machine.current; }
+
+// scheduler.cpp
+constexpr size_t stack_bytes = 256 << 10;
+constexpr int most_threads = 1024;
+void wake(Thread* thread);
+void block(const char* waits_for);  // until somebody wakes the running thread
+// Gathers the lanes of `mask`, each with its own `argument`; the last one applies `together` to all of them (indexed by
+// lane). `ordered`: what the lanes did before is visible to all of them after.
+enum class Collective { shuffle, ballot, sync, match, elect, ldmatrix, mma };
+void gather_warp(unsigned mask, Collective kind, void* argument, void (*together)(void** arguments, unsigned mask),
+                 bool ordered = false);
+
+// memory.cpp
+void start_memory_of_launch();
+void start_memory_of_block();
+// The offset of an address in shared memory; fails if [address, address + bytes) is not there.
+size_t shared_offset(const void* address, size_t bytes = 1);
+std::string source_line(const void* caller);
+
+// Who touches memory, and what it knows of the others: a thread, or an asynchronous unit on its behalf.
+struct Actor {
+  int id;
+  uint32_t step;
+  const Knowledge* knowledge;
+  const void* caller;
+  bool asynchronous_proxy;
+};
+Actor acting(Thread& thread, const void* caller, bool asynchronous_proxy = false);
+// Checks and records; `pending` marks what is written as not to be touched until complete_writes. They do nothing
+// where accesses are not checked, and the last two need shared memory.
+void check_memory(const Actor& actor, const void* address, size_t bytes, Access kind, bool pending = false);
+void complete_writes(const void* address, size_t bytes, int id, uint32_t step);
+
+}  // namespace simt

@@ -111,6 +111,13 @@ PYEXT_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp; subnormal numbers, as argument or result, are 0.
+PYEXT_DEVICE float reciprocal_approx(float x) {
+  float y;
+  PYEXT_PTX(asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)), y = simt::flush(1.0f / simt::flush(x)));
+  return y;
+}
+
 // --- Global memory ---
 
 // 16 bytes as one access; `T` is of 16 bytes or divides them, and the address is a multiple of 16.

@@ -2,7 +2,6 @@
 // token and turns these pairs in several heads. Backward, to the tables: a block owns a row of the tables and sums over
 // the tokens that took it, in an order that depends on shapes and positions only, so that the bits are always the same.
 #include "../rotary.h"
-
 #include "vector.h"
 
 namespace pyext {
@@ -14,33 +13,11 @@ constexpr int kThreads = 256;
 constexpr int kHeads = 4;
 constexpr int kTogether = 2;  // heads that are read before the first of them is written: more reads under way
 
-// N pairs of a row, as they lie in memory: from feature 2k on, or from k and from half + k on.
-template <class T, int N, bool interleaved>
-struct Pairs {
-  Pack<T, N> low, high;
-
-  static PYEXT_DEVICE int64_t start(int64_t k) { return interleaved ? 2 * k : k; }
-  static PYEXT_DEVICE int64_t apart(int64_t half) { return interleaved ? N : half; }
-
-  PYEXT_DEVICE void read(const T* row, int64_t k, int64_t half) {
-    low = load<T, N>(row + start(k)), high = load<T, N>(row + start(k) + apart(half));
-  }
-  PYEXT_DEVICE void write(T* row, int64_t k, int64_t half) const {
-    store<T, N>(row + start(k), low), store<T, N>(row + start(k) + apart(half), high);
-  }
-  PYEXT_DEVICE void split(float (&first)[N], float (&second)[N]) const {
-    float all[2 * N];
-    to_floats<T, N>(low, all), to_floats<T, N>(high, all + N);
-#pragma unroll
-    for (int j = 0; j < N; ++j) first[j] = all[interleaved ? 2 * j : j], second[j] = all[interleaved ? 2 * j + 1 : N + j];
-  }
-  PYEXT_DEVICE void join(const float (&first)[N], const float (&second)[N]) {
-    float all[2 * N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) all[interleaved ? 2 * j : j] = first[j], all[interleaved ? 2 * j + 1 : N + j] = second[j];
-    low = rounded<T, N>(all), high = rounded<T, N>(all + N);
-  }
-};
+// The address of pair k of a row. The second vector of the N pairs that begin there is N or `half` elements further.
+template <bool interleaved, class T>
+PYEXT_DEVICE T* pair_of(T* row, int64_t k) {
+  return row + (interleaved ? 2 * k : k);
+}
 
 // N entries of a row of a table, from k on.
 template <int N, class T>
@@ -71,7 +48,8 @@ PYEXT_DEVICE void read_entries(const Input& table, DType dtype, int64_t offset, 
 // Turns N pairs of one token, from pair k on, in `heads` heads. The row of a position that no table has becomes NaN: to
 // raise an error, the host would have to wait for the device.
 template <class T, int N, bool interleaved>
-PYEXT_DEVICE void turn(const RotaryProblem& p, const T* x, T* out, int64_t batch, int64_t row, int64_t k, int64_t heads) {
+PYEXT_DEVICE void turn(const RotaryProblem& p, const T* x, T* out, int64_t batch, int64_t row, int64_t k,
+                       int64_t heads) {
   float cos[N], sin[N];
   if (row >= 0 && row < p.table_rows) {
     read_entries(p.cos, p.table_dtype, batch * p.cos.batch + row * p.cos.row + k, cos);
@@ -84,14 +62,15 @@ PYEXT_DEVICE void turn(const RotaryProblem& p, const T* x, T* out, int64_t batch
 #pragma unroll
     for (int j = 0; j < N; ++j) sin[j] = -sin[j];
   }
+  const int64_t apart = interleaved ? N : p.half;
 #pragma unroll 1
   for (int64_t head = 0; head < heads; head += kTogether) {
-    const T* from = x + head * p.x.head;
-    T* to = out + head * p.out.head;
+    const T* from = pair_of<interleaved>(x + head * p.x.head, k);
+    T* to = pair_of<interleaved>(out + head * p.out.head, k);
     Pairs<T, N, interleaved> pairs[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i)
-      if (head + i < heads) pairs[i].read(from + i * p.x.head, k, p.half);
+      if (head + i < heads) pairs[i].read(from + i * p.x.head, from + i * p.x.head + apart);
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       if (head + i >= heads) break;
@@ -103,7 +82,7 @@ PYEXT_DEVICE void turn(const RotaryProblem& p, const T* x, T* out, int64_t batch
         first[j] = a * cos[j] - b * sin[j], second[j] = b * cos[j] + a * sin[j];
       }
       pairs[i].join(first, second);
-      pairs[i].write(to + i * p.out.head, k, p.half);
+      pairs[i].write(to + i * p.out.head, to + i * p.out.head + apart);
     }
   }
 }
@@ -153,7 +132,8 @@ struct RowTokens {
   }
 
   // Batch entry and row of x of number n.
-  PYEXT_DEVICE void locate(const RotaryProblem& p, int64_t table, int64_t row, int64_t n, int64_t& batch, int64_t& token) const {
+  PYEXT_DEVICE void locate(const RotaryProblem& p, int64_t table, int64_t row, int64_t n, int64_t& batch,
+                           int64_t& token) const {
     const int64_t index = repeats > 1 ? n / repeats : n;
     token = order ? order[index] : row, batch = p.table_batch > 1 ? table : n - index * repeats;
     if (!shared_positions(p) && p.table_batch == 1) batch = token / p.length, token -= batch * p.length;
@@ -176,12 +156,16 @@ struct RowTokens {
 
 // Adds what N pairs, from pair k on, of one token contribute in the heads threadIdx.y, threadIdx.y + blockDim.y, ...
 template <class T, int N, bool interleaved>
-PYEXT_DEVICE void add_token(const RotaryProblem& p, int64_t batch, int64_t token, int64_t k, float (&cos)[N], float (&sin)[N]) {
+PYEXT_DEVICE void add_token(const RotaryProblem& p, int64_t batch, int64_t token, int64_t k, float (&cos)[N],
+                            float (&sin)[N]) {
   const T* x = static_cast<const T*>(p.x.data) + batch * p.x.batch + token * p.x.row;
   const T* grad = static_cast<const T*>(p.grad.data) + batch * p.grad.batch + token * p.grad.row;
+  x = pair_of<interleaved>(x, k), grad = pair_of<interleaved>(grad, k);
+  const int64_t apart = interleaved ? N : p.half;
   for (int64_t head = threadIdx.y; head < p.heads; head += blockDim.y) {
     Pairs<T, N, interleaved> pairs, grads;
-    pairs.read(x + head * p.x.head, k, p.half), grads.read(grad + head * p.grad.head, k, p.half);
+    const T *from = x + head * p.x.head, *grad_from = grad + head * p.grad.head;
+    pairs.read(from, from + apart), grads.read(grad_from, grad_from + apart);
     float x1[N], x2[N], g1[N], g2[N];
     pairs.split(x1, x2), grads.split(g1, g2);
 #pragma unroll
@@ -248,17 +232,9 @@ int launch_backward(const RotaryProblem& p, cudaStream_t stream) {
   return ptx::launch(rotary_backward<T, N, interleaved>, grid, dim3(x, y, z), shared, stream, p);
 }
 
-// Calls f with the element type, the vector width and the kind of pairs as values of types.
-template <class F>
-int with_kernel(const RotaryProblem& p, bool vectors, F&& f) {
-  return with_element_type(p.dtype, [&](auto element) {
-    constexpr int wide = ptx::Vector<decltype(element)>::size;
-    auto with_pairs = [&](auto width) {
-      return p.interleaved ? f(element, width, std::true_type()) : f(element, width, std::false_type());
-    };
-    const bool fits = vectors && p.half % wide == 0 && p.head_dim % wide == 0;
-    return fits ? with_pairs(std::integral_constant<int, wide>()) : with_pairs(std::integral_constant<int, 1>());
-  });
+// Whether a row is made of whole vectors.
+bool has_whole_vectors(const RotaryProblem& p) {
+  return p.half % vector_size(p.dtype) == 0 && p.head_dim % vector_size(p.dtype) == 0;
 }
 
 }  // namespace
@@ -267,18 +243,18 @@ int with_kernel(const RotaryProblem& p, bool vectors, F&& f) {
 int pyext_cuda_rotary_forward(const pyext::RotaryProblem& p, void* stream) {
   using namespace pyext;
   if (p.batch * p.heads * p.length * p.head_dim == 0) return cudaSuccess;
-  const bool vectors = has_aligned_rows(p.x, p.dtype) && has_aligned_rows(p.out, p.dtype) &&
-                       has_aligned_rows(p.cos, p.table_dtype) && has_aligned_rows(p.sin, p.table_dtype);
-  return with_kernel(p, vectors, [&](auto element, auto width, auto interleaved) {
-    return launch_forward<decltype(element), width, interleaved>(p, static_cast<cudaStream_t>(stream));
+  const bool vectors =
+      has_whole_vectors(p) && has_aligned_rows(p.dtype, p.x, p.out) && has_aligned_rows(p.table_dtype, p.cos, p.sin);
+  return with_kernel(p.dtype, vectors, p.interleaved, [&](auto element, auto size, auto interleaved) {
+    return launch_forward<decltype(element), size, interleaved>(p, static_cast<cudaStream_t>(stream));
   });
 }
 
 int pyext_cuda_rotary_backward(const pyext::RotaryProblem& p, void* stream) {
   using namespace pyext;
   if (p.table_batch * p.table_rows * p.half == 0) return cudaSuccess;
-  const bool vectors = has_aligned_rows(p.x, p.dtype) && has_aligned_rows(p.grad, p.dtype);
-  return with_kernel(p, vectors, [&](auto element, auto width, auto interleaved) {
-    return launch_backward<decltype(element), width, interleaved>(p, static_cast<cudaStream_t>(stream));
+  const bool vectors = has_whole_vectors(p) && has_aligned_rows(p.dtype, p.x, p.grad);
+  return with_kernel(p.dtype, vectors, p.interleaved, [&](auto element, auto size, auto interleaved) {
+    return launch_backward<decltype(element), size, interleaved>(p, static_cast<cudaStream_t>(stream));
   });
 }

@@ -54,23 +54,62 @@ PYEXT_DEVICE Pack<T, N> rounded(const float* from) {
   return pack;
 }
 
-// Whether every row of a tensor may be read or written 16 bytes at a time.
-template <class Pointer>
-bool has_aligned_rows(const Strided<Pointer>& t, DType dtype) {
-  const int64_t size = dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8;  // of a vector
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.batch % size == 0 && t.head % size == 0 && t.row % size == 0;
+// N elements of each of two tensors: N from one address and N from another, or, interleaved, 2N neighbours in turn, of
+// which the second half has an address of its own.
+template <class T, int N, bool interleaved>
+struct Pairs {
+  Pack<T, N> low, high;
+
+  PYEXT_DEVICE void read(const T* first, const T* second) { low = load<T, N>(first), high = load<T, N>(second); }
+  PYEXT_DEVICE void write(T* first, T* second) const { store<T, N>(first, low), store<T, N>(second, high); }
+  PYEXT_DEVICE void split(float (&first)[N], float (&second)[N]) const {
+    float all[2 * N];
+    to_floats<T, N>(low, all), to_floats<T, N>(high, all + N);
+#pragma unroll
+    for (int j = 0; j < N; ++j) first[j] = all[at(j, 0)], second[j] = all[at(j, 1)];
+  }
+  PYEXT_DEVICE void join(const float (&first)[N], const float (&second)[N]) {
+    float all[2 * N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) all[at(j, 0)] = first[j], all[at(j, 1)] = second[j];
+    low = rounded<T, N>(all), high = rounded<T, N>(all + N);
+  }
+
+ private:
+  static PYEXT_DEVICE constexpr int at(int j, int which) { return interleaved ? 2 * j + which : which * N + j; }
+};
+
+constexpr int64_t vector_size(DType dtype) { return dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8; }
+
+// Whether every row of the tensors may be read or written 16 bytes at a time.
+template <class... Tensors>
+bool has_aligned_rows(DType dtype, const Tensors&... tensors) {
+  const int64_t size = vector_size(dtype);
+  auto aligned = [size](const auto& t) {
+    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.batch % size == 0 && t.head % size == 0 &&
+           t.row % size == 0;
+  };
+  return (aligned(tensors) && ...);
 }
 
-// Calls f with a value of the element type. There are no kernels for fp64, which most GPUs have little of.
+// Calls f(element, size, interleaved) with values of types that choose a kernel: the element type, the elements that a
+// thread moves at once (16 bytes if `vectors`, else one), and how pairs lie. There are no kernels for fp64.
 template <class F>
-int with_element_type(DType dtype, F&& f) {
+int with_kernel(DType dtype, bool vectors, bool interleaved, const F& f) {
+  auto of_type = [&](auto element) {
+    auto of_size = [&](auto size) {
+      return interleaved ? f(element, size, std::true_type()) : f(element, size, std::false_type());
+    };
+    using Wide = std::integral_constant<int, ptx::Vector<decltype(element)>::size>;
+    return vectors ? of_size(Wide()) : of_size(std::integral_constant<int, 1>());
+  };
   switch (dtype) {
     case DType::f32:
-      return f(float());
+      return of_type(float());
     case DType::bf16:
-      return f(bf16());
+      return of_type(bf16());
     case DType::f16:
-      return f(f16());
+      return of_type(f16());
     default:
       return cudaErrorInvalidValue;
   }

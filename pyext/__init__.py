@@ -10,7 +10,12 @@ from . import _native as _native  # first: its warning points at whoever imports
 from . import bias, masks, nn
 from ._dispatch import explain
 from .ops.attention import attention, varlen_attention
+from .ops.gated_linear import gated_linear, gated_mlp
+from .ops.glu import geglu, reglu, swiglu
 from .ops.rotary import Rotary, rotary
 
 __version__ = "0.1.0"
-__all__ = ["Rotary", "__version__", "attention", "bias", "explain", "masks", "nn", "rotary", "varlen_attention"]
+__all__ = [
+    "Rotary", "__version__", "attention", "bias", "explain", "gated_linear", "gated_mlp", "geglu", "masks", "nn",
+    "reglu", "rotary", "swiglu", "varlen_attention",
+]  # fmt: skip

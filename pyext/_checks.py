@@ -1,5 +1,6 @@
 """Named errors: what was expected of an argument, and what came. Everything here raises `TypeError` or `ValueError`."""
 
+import contextlib
 import math
 import numbers
 
@@ -67,6 +68,27 @@ def boolean(name: str, value) -> Tensor:
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name} must be on {device} like query, got {value.device}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands of a matmul by autocast's rule: every floating dtype but float64 becomes the autocast dtype.
+
+    The first one settles the device.
+    """
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta knows no autocast and raises
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def without_autocast(device: torch.device):
+    """A context where matmuls keep the dtype of their operands."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def real(name: str, value) -> float:

@@ -13,6 +13,8 @@ from torch import Tensor
 UNBOUNDED = 2**62
 #: Queries and keys of a block of the block table.
 BLOCK = 128
+#: Gated units, act(gate) * up, by their activation: exact GELU, GELU by tanh, SiLU, ReLU. Ops carry the index.
+ACTIVATIONS = ("geglu", "geglu_tanh", "swiglu", "reglu")
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,3 +127,46 @@ class RotaryProblem(NamedTuple):
     positions: Tensor | None = None  # (B|1, L) int64 in [0, rows); None = row i for token i
     interleaved: bool = False
     inverse: bool = False
+
+
+class GluProblem(NamedTuple):
+    """act(gate) * up: exactly the arguments of the op `pyext::glu_forward`, in its order.
+
+    Without `up`, `gate` is packed: its last dimension holds both, as two halves or `interleaved` (even and odd
+    features), the gate first or, without `gate_first`, second.
+    """
+
+    gate: Tensor  # (..., N), packed (..., 2N), fp32 | bf16 | fp16 | fp64
+    up: Tensor | None = None  # like gate
+    activation: int = 0  # index into ACTIVATIONS
+    gate_first: bool = True
+    interleaved: bool = False
+
+
+class GatedLinearProblem(NamedTuple):
+    """act(x w_gate^T + b_gate) * (x w_up^T + b_up): exactly the arguments of the op `pyext::gated_linear_forward`.
+
+    Without `w_up`, `w_gate` is (2N, K), the rows of the gate first, and so is `b_gate` (2N,).
+    """
+
+    x: Tensor  # (M, K), fp32 | bf16 | fp16 | fp64, as all that follow
+    w_gate: Tensor  # (N, K)
+    w_up: Tensor | None = None  # (N, K)
+    b_gate: Tensor | None = None  # (N,)
+    b_up: Tensor | None = None  # (N,)
+    activation: int = 0  # index into ACTIVATIONS
+    save: bool = False  # return the pre-activations, which the backward needs
+
+
+class GatedMLPProblem(NamedTuple):
+    """gated_linear(x) w_down^T + b_down: exactly the arguments of the op `pyext::gated_mlp_forward`, in its order."""
+
+    x: Tensor  # (M, K)
+    w_gate: Tensor  # (N, K), or (2N, K) without w_up
+    w_up: Tensor | None  # (N, K)
+    w_down: Tensor  # (J, N)
+    b_gate: Tensor | None = None
+    b_up: Tensor | None = None
+    b_down: Tensor | None = None  # (J,)
+    activation: int = 0
+    save: bool = False

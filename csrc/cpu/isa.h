@@ -9,6 +9,7 @@
 namespace pyext {
 
 struct AttentionProblem;  // csrc/attention.h
+struct GluProblem;        // csrc/glu.h
 struct RotaryProblem;     // csrc/rotary.h
 struct Parallel;          // csrc/parallel.h
 
@@ -19,6 +20,8 @@ struct KernelTable {
   const char* name;  // "avx2", "avx512", "avx512_bf16"
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
   void (*attention_backward)(const AttentionProblem&, const Parallel&);
+  void (*glu_forward)(const GluProblem&, const Parallel&);
+  void (*glu_backward)(const GluProblem&, const Parallel&);
   void (*rotary_forward)(const RotaryProblem&, const Parallel&);
   void (*rotary_backward)(const RotaryProblem&, const Parallel&);
   // Floating-point operations per second of the calling thread in a loop of independent multiply-adds that touches

@@ -62,6 +62,7 @@ INLINE D vadd(D a, D b) { return _mm512_add_pd(a, b); }
 INLINE F vsub(F a, F b) { return _mm512_sub_ps(a, b); }
 INLINE D vsub(D a, D b) { return _mm512_sub_pd(a, b); }
 INLINE F vdiv(F a, F b) { return _mm512_div_ps(a, b); }
+INLINE D vdiv(D a, D b) { return _mm512_div_pd(a, b); }
 INLINE F vmax(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE D vmax(D a, D b) { return _mm512_max_pd(a, b); }
 INLINE F vmin(F a, F b) { return _mm512_min_ps(a, b); }
@@ -119,6 +120,8 @@ INLINE D load_near(const double* p, const int32_t* at) {
 }
 INLINE Lanes less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INLINE Lanes less(D a, D b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
+INLINE Lanes less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+INLINE Lanes less_equal(D a, D b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
 
 INLINE F load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -139,6 +142,42 @@ INLINE void store_bf16(uint16_t* p, F v) {
 #endif
 }
 
+using U = __m512i;  // lanes of uint32
+INLINE U uset(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+INLINE U uiota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE U uadd(U a, U b) { return _mm512_add_epi32(a, b); }
+INLINE U uxor(U a, U b) { return _mm512_xor_si512(a, b); }
+
+// The lanes of a and then of b, taken apart: first those of even number, then those of odd number; and back.
+INLINE void take_apart(F a, F b, F& even, F& odd) {
+  const U at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_ps(a, at, b), odd = _mm512_permutex2var_ps(a, uadd(at, uset(1)), b);
+}
+INLINE void take_apart(D a, D b, D& even, D& odd) {
+  const U at = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), one = _mm512_set1_epi64(1);
+  even = _mm512_permutex2var_pd(a, at, b), odd = _mm512_permutex2var_pd(a, _mm512_add_epi64(at, one), b);
+}
+INLINE void put_together(F even, F odd, F& a, F& b) {
+  const U at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = _mm512_permutex2var_ps(even, at, odd), b = _mm512_permutex2var_ps(even, uadd(at, uset(8)), odd);
+}
+INLINE void put_together(D even, D odd, D& a, D& b) {
+  const U at = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), four = _mm512_set1_epi64(4);
+  a = _mm512_permutex2var_pd(even, at, odd), b = _mm512_permutex2var_pd(even, _mm512_add_epi64(at, four), odd);
+}
+// Lanes of 32 bits as two numbers of 16 bits; and back.
+INLINE U load_words(const char* p) { return _mm512_loadu_si512(p); }
+INLINE void store_words(char* p, U v) { _mm512_storeu_si512(p, v); }
+INLINE F bf16_of_low(U v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+INLINE F bf16_of_high(U v) { return _mm512_castsi512_ps(_mm512_and_si512(v, uset(0xFFFF0000u))); }
+INLINE F f16_of_low(U v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
+INLINE F f16_of_high(U v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))); }
+INLINE U words_of(const uint16_t* low, const uint16_t* high) {
+  const U a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+  const U b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+  return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+}
+
 INLINE F vround(F x) { return _mm512_roundscale_ps(x, 8); }
 INLINE F vscale(F p, F n) { return _mm512_scalef_ps(p, n); }  // p * 2^n, right down to zero
 // 2^x to 7.5e-5, enough for a bf16 result.
@@ -150,11 +189,6 @@ INLINE F vexp2_coarse(F x) {
   return vscale(p, n);
 }
 
-using U = __m512i;  // lanes of uint32
-INLINE U uset(uint32_t x) { return _mm512_set1_epi32(int(x)); }
-INLINE U uiota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-INLINE U uadd(U a, U b) { return _mm512_add_epi32(a, b); }
-INLINE U uxor(U a, U b) { return _mm512_xor_si512(a, b); }
 INLINE void umul_wide(U a, uint32_t b, U& hi, U& lo) {
   U even = _mm512_mul_epu32(a, uset(b)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), uset(b));
   lo = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
@@ -194,6 +228,7 @@ INLINE D vadd(D a, D b) { return _mm256_add_pd(a, b); }
 INLINE F vsub(F a, F b) { return _mm256_sub_ps(a, b); }
 INLINE D vsub(D a, D b) { return _mm256_sub_pd(a, b); }
 INLINE F vdiv(F a, F b) { return _mm256_div_ps(a, b); }
+INLINE D vdiv(D a, D b) { return _mm256_div_pd(a, b); }
 INLINE F vmax(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE D vmax(D a, D b) { return _mm256_max_pd(a, b); }
 INLINE F vmin(F a, F b) { return _mm256_min_ps(a, b); }
@@ -274,6 +309,8 @@ INLINE D load_near(const double* p, const int32_t* at) {
 }
 INLINE Lanes less(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 INLINE Lanes less(D a, D b) { return _mm256_castpd_si256(_mm256_cmp_pd(a, b, _CMP_LT_OQ)); }
+INLINE Lanes less_equal(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
+INLINE Lanes less_equal(D a, D b) { return _mm256_castpd_si256(_mm256_cmp_pd(a, b, _CMP_LE_OQ)); }
 
 INLINE F load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -291,6 +328,43 @@ INLINE void store_bf16(uint16_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
 
+using U = __m256i;
+INLINE U uset(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+INLINE U uiota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE U uadd(U a, U b) { return _mm256_add_epi32(a, b); }
+INLINE U uxor(U a, U b) { return _mm256_xor_si256(a, b); }
+
+INLINE void take_apart(F a, F b, F& even, F& odd) {
+  const D x = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), y = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xDD));
+  even = _mm256_castpd_ps(_mm256_permute4x64_pd(x, 0xD8)), odd = _mm256_castpd_ps(_mm256_permute4x64_pd(y, 0xD8));
+}
+INLINE void take_apart(D a, D b, D& even, D& odd) {
+  even = _mm256_permute4x64_pd(_mm256_unpacklo_pd(a, b), 0xD8);
+  odd = _mm256_permute4x64_pd(_mm256_unpackhi_pd(a, b), 0xD8);
+}
+INLINE void put_together(F even, F odd, F& a, F& b) {
+  const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  a = _mm256_permute2f128_ps(low, high, 0x20), b = _mm256_permute2f128_ps(low, high, 0x31);
+}
+INLINE void put_together(D even, D odd, D& a, D& b) {
+  const D low = _mm256_unpacklo_pd(even, odd), high = _mm256_unpackhi_pd(even, odd);
+  a = _mm256_permute2f128_pd(low, high, 0x20), b = _mm256_permute2f128_pd(low, high, 0x31);
+}
+INLINE U load_words(const char* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE void store_words(char* p, U v) { _mm256_storeu_si256((__m256i*)p, v); }
+INLINE F bf16_of_low(U v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
+INLINE F bf16_of_high(U v) { return _mm256_castsi256_ps(_mm256_and_si256(v, uset(0xFFFF0000u))); }
+INLINE F f16_of_words(U v) {  // below 2^16
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0xD8)));
+}
+INLINE F f16_of_low(U v) { return f16_of_words(_mm256_and_si256(v, uset(0xFFFF))); }
+INLINE F f16_of_high(U v) { return f16_of_words(_mm256_srli_epi32(v, 16)); }
+INLINE U words_of(const uint16_t* low, const uint16_t* high) {
+  const U a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)low));
+  const U b = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)high));
+  return _mm256_or_si256(a, _mm256_slli_epi32(b, 16));
+}
+
 INLINE F vround(F x) { return _mm256_round_ps(x, 8); }
 INLINE F vscale(F p, F n) {  // p * 2^n, flushed to zero below 2^-126; NaN passes through
   F tiny = _mm256_cmp_ps(n, vset(-126.f), _CMP_LT_OQ);
@@ -298,11 +372,6 @@ INLINE F vscale(F p, F n) {  // p * 2^n, flushed to zero below 2^-126; NaN passe
   return _mm256_andnot_ps(tiny, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent)));
 }
 
-using U = __m256i;
-INLINE U uset(uint32_t x) { return _mm256_set1_epi32(int(x)); }
-INLINE U uiota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-INLINE U uadd(U a, U b) { return _mm256_add_epi32(a, b); }
-INLINE U uxor(U a, U b) { return _mm256_xor_si256(a, b); }
 INLINE void umul_wide(U a, uint32_t b, U& hi, U& lo) {
   U even = _mm256_mul_epu32(a, uset(b)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), uset(b));
   lo = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
@@ -396,6 +465,34 @@ INLINE void vstore_some(DType dtype, char* p, int64_t n, typename Vector<T>::typ
   char padded[Vector<T>::width * 8];
   vstore_as(dtype, padded, v);
   memcpy(p, padded, size_t(n * element_size(dtype)));
+}
+
+// Pairs of neighbours, as many as a vector has lanes, converted: the first of each pair and the second.
+INLINE void vload_pairs(DType dtype, const char* p, F& first, F& second) {
+  if (dtype == DType::f32)
+    return take_apart(vload((const float*)p), vload((const float*)p + Vector<float>::width), first, second);
+  const U words = load_words(p);
+  first = dtype == DType::bf16 ? bf16_of_low(words) : f16_of_low(words);
+  second = dtype == DType::bf16 ? bf16_of_high(words) : f16_of_high(words);
+}
+INLINE void vload_pairs(DType, const char* p, D& first, D& second) {
+  take_apart(vload((const double*)p), vload((const double*)p + Vector<double>::width), first, second);
+}
+INLINE void vstore_pairs(DType dtype, char* p, F first, F second) {
+  if (dtype == DType::f32) {
+    F a, b;
+    put_together(first, second, a, b);
+    vstore((float*)p, a), vstore((float*)p + Vector<float>::width, b);
+  } else {
+    uint16_t low[Vector<float>::width], high[Vector<float>::width];
+    vstore_as(dtype, (char*)low, first), vstore_as(dtype, (char*)high, second);
+    store_words(p, words_of(low, high));
+  }
+}
+INLINE void vstore_pairs(DType, char* p, D first, D second) {
+  D a, b;
+  put_together(first, second, a, b);
+  vstore((double*)p, a), vstore((double*)p + Vector<double>::width, b);
 }
 
 }  // namespace

@@ -262,12 +262,8 @@ def _inputs(names: tuple[str, str, str], query, key, value) -> tuple[Tensor, Ten
     if not (_checks.is_dense(query) and _checks.is_dense(key) and _checks.is_dense(value)):
         for name, tensor in zip(names, (query, key, value), strict=True):
             _checks.tensor(name, tensor)
-    device = query.device
-    kind = device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # meta knows no autocast and raises
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = (_autocast(tensor, dtype) for tensor in (query, key, value))
-    dtype = query.dtype
+    query, key, value = _checks.autocast(query, key, value)
+    device, dtype = query.device, query.dtype
     if dtype not in _checks.FLOATING:
         _checks.floating(names[0], query)
     if key.dtype != dtype or value.dtype != dtype:
@@ -277,11 +273,6 @@ def _inputs(names: tuple[str, str, str], query, key, value) -> tuple[Tensor, Ten
         name, tensor = (names[1], key) if key.device != device else (names[2], value)
         raise ValueError(f"{name} must be on {device} like {names[0]}, got {tensor.device}")
     return query, key, value
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Autocast's rule for SDPA: every floating dtype but float64 becomes the autocast dtype."""
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _absorb_attn_mask(attn_mask, bias, mask):

@@ -18,6 +18,7 @@ Sources:
 import torch
 from torch import Tensor
 
+from .._checks import without_autocast
 from .._primitives import BLOCK, AttentionProblem, acc_dtype
 from .dropout import keep_mask
 
@@ -30,11 +31,8 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         softmax denominator. A query that sees no key gives out 0, lse -inf (its sink, if there are sinks) and
         gradient 0.
     """
-    device = problem.query.device.type
     compute = _attention if problem.cu_seqlens_q is None else _packed
-    if not torch.amp.is_autocast_available(device):  # the meta device
-        return compute(problem)
-    with torch.autocast(device, enabled=False):  # which would take the matmuls back to half precision
+    with without_autocast(problem.query.device):  # which would take the matmuls back to half precision
         return compute(problem)
 
 

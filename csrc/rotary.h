@@ -1,4 +1,4 @@
-// Rotary position embedding as the CPU kernels receive it: pointers, sizes, strides. No torch headers here.
+// Rotary position embedding as the kernels receive it: pointers, sizes, strides. No torch headers here.
 //
 //   pair k of a row is features (k, k + half), or (2k, 2k + 1) if interleaved, k < half; with c, s of the row's
 //   position (out1, out2) = (x1 c - x2 s, x2 c + x1 s), and s changes its sign if inverse. Features from 2 half on are

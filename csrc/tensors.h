@@ -79,6 +79,9 @@ inline void use_huge_pages([[maybe_unused]] const Tensor& t) {
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
 inline ScalarType accumulator(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -103,15 +106,10 @@ inline const KernelTable& kernels() {
   return *table;
 }
 
-// Runs cpu(), or cuda(stream) if the tensors are on a GPU: on its current stream, which CUDA graphs record. The latter is
-// a generic lambda, which a build without CUDA does not instantiate: it needs no launcher. `x` comes first in the call,
-// `others` are the other tensors that the kernel reads.
+// Runs cpu(), or cuda(stream) where x is on a GPU: on its current stream, the one that CUDA graphs record. The latter is
+// a generic lambda, because a build without CUDA never instantiates it and so needs no launcher.
 template <class Cpu, class Cuda>
-void run_on_device(const Tensor& x, std::initializer_list<const Tensor*> others, const Cpu& cpu,
-                   [[maybe_unused]] const Cuda& cuda) {
-  for (const Tensor* t : others)
-    STD_TORCH_CHECK(t->is_cuda() == x.is_cuda() && t->get_device_index() == x.get_device_index(),
-                    "all tensors must be on one device");
+void run_on_device(const Tensor& x, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
 #if defined(PYEXT_CUDA)
   if (x.is_cuda()) {
     STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "the CUDA kernels take float32, bfloat16 and float16");

@@ -77,7 +77,7 @@ struct Addresses {
 };
 
 template <class T, int N, bool interleaved, Activation activation>
-__global__ void __launch_bounds__(kThreads) glu_forward(const GluProblem p) {
+__global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
   for_each_place<N>(p, [&](const Place& at, auto size) {
     constexpr int M = decltype(size)::value;
     const Addresses<M, interleaved, const T> from(at, p.gate, p.up);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) glu_forward(const GluProblem p) {
 }
 
 template <class T, int N, bool interleaved, Activation activation>
-__global__ void __launch_bounds__(kThreads) glu_backward(const GluProblem p) {
+__global__ void __launch_bounds__(kThreads, 4) glu_backward(const GluProblem p) {
   for_each_place<N>(p, [&](const Place& at, auto size) {
     constexpr int M = decltype(size)::value;
     const Addresses<M, interleaved, const T> from(at, p.gate, p.up);

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "simt"
 OUT = ROOT / "build" / "simt"
-RUNTIME = ("scheduler", "memory")
+RUNTIME = ("scheduler", "memory", "asynchronous", "matrix")
 
 NINJA = f"""\
 common = -std=c++17 -g -fPIC -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE

@@ -81,6 +81,46 @@ enum class Access { read, write, atomic };
 // Reports an access that a wrapper makes on behalf of the running thread; caller: where, for the message.
 void check_access(const void* address, size_t bytes, Access kind, const void* caller);
 
+// --- Asynchronous copies, mbarriers, TMA: asynchronous.cpp ---
+
+uint32_t shared_address(const void* pointer);  // as instructions take it
+
+void copy_async(void* shared, const void* global, int bytes, int valid);
+void copy_async_commit();
+void copy_async_wait(int groups);
+
+void mbarrier_init(uint64_t* barrier, int count);
+void mbarrier_arrive(uint64_t* barrier, int expected_bytes);
+bool mbarrier_try_wait(uint64_t* barrier, unsigned parity);
+void fence_mbarrier_init();
+void fence_proxy_async();
+
+struct TensorMap {
+  char* base;
+  int rank, element_bytes, swizzle_bytes;
+  int64_t size[5], stride[5];  // elements; bytes, that of the first dimension included
+  int box[5];
+};
+cudaError_t encode_tensor_map(TensorMap* map, const void* base, int rank, int element_bytes, const int64_t* size,
+                              const int64_t* stride_bytes, const int* box, int swizzle_bytes);
+void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, const int* corner, int rank);
+void tma_store(const TensorMap* map, const void* shared, const int* corner, int rank);
+void tma_store_commit();
+void tma_store_wait(int groups);
+void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier);
+
+// --- Matrix units: matrix.cpp ---
+
+void ldmatrix(uint32_t* registers, const void* row, int count, bool transpose);
+void mma(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool is_bf16);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups);
+// a_registers or a; d holds n / 2 numbers.
+void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate, bool transpose_a,
+           bool transpose_b, bool is_bf16);
+void set_registers(int count);
+
 template <class T>
 T shuffle_value(unsigned mask, T value, int source_lane) {
   static_assert(sizeof(T) <= 8, "shuffles move up to 8 bytes");

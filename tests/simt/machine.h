@@ -20,6 +20,8 @@
 
 namespace simt {
 
+struct Thread;
+
 // How threads are chosen, when asynchronous work completes, and what is checked.
 struct Options {
   enum class Schedule { fifo, lifo, random } schedule = Schedule::random;
@@ -43,6 +45,55 @@ struct Knowledge {
   }
 };
 
+// Asynchronous work of one thread, in the groups in which it is waited for.
+template <class Work>
+struct Groups {
+  std::vector<Work> open;
+  std::deque<std::vector<Work>> committed;
+
+  bool empty() const { return open.empty() && committed.empty(); }
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+  // Finishes the oldest groups until `remaining` are left.
+  template <class Finish>
+  void wait(int remaining, Finish finish) {
+    while (static_cast<int>(committed.size()) > remaining) {
+      for (Work& work : committed.front()) finish(work);
+      committed.pop_front();
+    }
+  }
+};
+
+// cp.async of one thread.
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes, valid;  // the rest is zero
+  bool done;
+};
+
+// A box of a tensor on its way from shared memory.
+struct Store {
+  const TensorMap* map;
+  const char* from;
+  int corner[5];
+  bool done;
+};
+
+// One wgmma of a warpgroup.
+struct Product {
+  int n;
+  uint64_t a, b;
+  bool a_in_registers, accumulate, transpose_a, transpose_b, is_bf16;
+  int arrived = 0;  // threads that have issued it
+  bool done = false;
+  float* d[128];
+  uint32_t a_registers[128][4];
+  std::vector<Thread*> waiting;
+};
+
 // A CUDA thread.
 struct Thread {
   uint3 index;
@@ -52,6 +103,11 @@ struct Thread {
   bool started = false, done = false, queued = false;
   const char* waits_for = "its start";
   Knowledge knowledge;
+  Groups<Copy> copies;
+  Groups<Store> stores;
+  Groups<Product*> products;
+  size_t products_issued = 0;
+  bool registers_fenced = false;  // by wgmma.fence
   uint32_t step() const { return knowledge.seen[linear]; }
   // What came before this moment is told to others (by a barrier, say); what comes after is not.
   void next_step() { ++knowledge.seen[linear]; }
@@ -98,9 +154,32 @@ void wake(Thread* thread);
 void block(const char* waits_for);  // until somebody wakes the running thread
 // Gathers the lanes of `mask`, each with its own `argument`; the last one applies `together` to all of them (indexed by
 // lane). `ordered`: what the lanes did before is visible to all of them after.
-enum class Collective { shuffle, ballot, sync, match, elect, ldmatrix, mma };
+enum class Collective {
+  shuffle,
+  ballot,
+  sync,
+  match,
+  elect,
+  ldmatrix,
+  mma,
+  wgmma_fence,
+  wgmma,
+  wgmma_commit,
+  wgmma_wait
+};
 void gather_warp(unsigned mask, Collective kind, void* argument, void (*together)(void** arguments, unsigned mask),
                  bool ordered = false);
+
+// asynchronous.cpp
+void start_asynchronous_of_block();
+void finish_asynchronous(const Thread& thread);  // fails if the thread returns without having waited
+// Where TMA and wgmma with a swizzle of `span` bytes (0: none) put what an unswizzled layout has at this offset.
+size_t swizzled(size_t offset, int span);
+
+// matrix.cpp
+void start_matrix_of_block();
+// Fails if the bytes belong to an accumulator that a wgmma in flight owns.
+void check_registers(const Thread& thread, const void* address, size_t bytes, const void* caller);
 
 // memory.cpp
 void start_memory_of_launch();
@@ -118,9 +197,11 @@ struct Actor {
   bool asynchronous_proxy;
 };
 Actor acting(Thread& thread, const void* caller, bool asynchronous_proxy = false);
-// Checks and records; `pending` marks what is written as not to be touched until complete_writes. They do nothing
-// where accesses are not checked, and the last two need shared memory.
-void check_memory(const Actor& actor, const void* address, size_t bytes, Access kind, bool pending = false);
-void complete_writes(const void* address, size_t bytes, int id, uint32_t step);
+// Checks and records an access. `lasting`: it goes on until end_write or end_read, which shared memory alone knows;
+// meanwhile what is written must not be touched, and what is read must not be written. They do nothing where accesses
+// are not checked.
+void check_memory(const Actor& actor, const void* address, size_t bytes, Access kind, bool lasting = false);
+void end_write(const void* address, size_t bytes, int id, uint32_t step);
+void end_read(const Actor& actor, const void* address, size_t bytes);
 
 }  // namespace simt

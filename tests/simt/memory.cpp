@@ -28,7 +28,9 @@ struct Byte {
   const void* write_caller = nullptr;
   const void* read_caller = nullptr;
   uint32_t readers = 0;
-  bool initialised = false, atomic = false, asynchronous_proxy = false, pending = false, other_blocks_read = false;
+  uint32_t lasting_reads = 0;
+  bool initialised = false, atomic = false, asynchronous_proxy = false, lasting_write = false;
+  bool other_blocks_read = false;
 };
 
 struct Shadow {
@@ -70,7 +72,7 @@ std::string text(const Place& place) { return std::string(place.space) + " byte 
 bool came_before(const Moment& moment, const Actor& actor) {
   if (moment.thread < 0) return true;
   if (moment.block != machine.block_number) return false;
-  return moment.thread == actor.id || actor.knowledge->knows(moment.thread, moment.step);
+  return actor.knowledge->knows(moment.thread, moment.step);
 }
 
 void check_order_of_readers(Byte& byte, const Shadow& shadow, const Place& place, const Actor& actor) {
@@ -119,7 +121,7 @@ void check_proxy(const Byte& byte, const Place& place, const Actor& actor) {
 }
 
 void check_byte(Byte& byte, Shadow& shadow, const Place& place, const Actor& actor, Access kind) {
-  if (byte.pending) {
+  if (byte.lasting_write) {
     fail_race("access to memory that an asynchronous copy is still writing (missing wait?)", place, actor, byte.write,
               byte.write_caller);
   }
@@ -132,6 +134,10 @@ void check_byte(Byte& byte, Shadow& shadow, const Place& place, const Actor& act
   if (kind != Access::write && !byte.initialised) fail_access("read of uninitialised memory", place, actor.caller);
   check_proxy(byte, place, actor);
   if (kind == Access::read) return remember_reader(byte, shadow, actor);
+  if (byte.lasting_reads) {
+    fail_race("write over data that an asynchronous unit is still reading (missing wait?)", place, actor, byte.read,
+              byte.read_caller);
+  }
   if (byte.read.thread >= 0) check_order_of_readers(byte, shadow, place, actor);
   byte.read = Moment();
   byte.readers = 0;
@@ -188,7 +194,7 @@ void check_global(const Actor& actor, const char* address, size_t bytes, Access 
 void access(const void* address, size_t bytes, Access kind, const void* caller) {
   if (!machine.current || !machine.checking()) return;
   Thread& thread = self();
-  if (within(address, thread.stack, stack_bytes)) return;
+  if (within(address, thread.stack, stack_bytes)) return check_registers(thread, address, bytes, caller);
   if (within(address, machine.parameters, machine.parameter_bytes)) return;
   if (machine.options.preempt && machine.one_in(machine.options.preempt)) yield();
   check_memory(acting(thread, caller), address, bytes, kind);
@@ -200,7 +206,7 @@ Actor acting(Thread& thread, const void* caller, bool asynchronous_proxy) {
   return {thread.linear, thread.step(), &thread.knowledge, caller, asynchronous_proxy};
 }
 
-void check_memory(const Actor& actor, const void* address, size_t bytes, Access kind, bool pending) {
+void check_memory(const Actor& actor, const void* address, size_t bytes, Access kind, bool lasting) {
   if (!machine.checking()) return;
   const char* begin = static_cast<const char*>(address);
   if (!within(address, machine.shared, machine.shared_bytes + shared_alignment)) {
@@ -211,19 +217,28 @@ void check_memory(const Actor& actor, const void* address, size_t bytes, Access 
   check_alignment(address, bytes, {"shared", offset}, actor.caller);
   for (size_t i = offset; i < offset + bytes; ++i) {
     check_byte(shared_shadow.bytes[i], shared_shadow, {"shared", i}, actor, kind);
-    if (pending) shared_shadow.bytes[i].pending = true;
+    if (lasting && kind == Access::write) shared_shadow.bytes[i].lasting_write = true;
+    if (lasting && kind == Access::read) ++shared_shadow.bytes[i].lasting_reads;
   }
 }
 
-void complete_writes(const void* address, size_t bytes, int id, uint32_t step) {
+void end_write(const void* address, size_t bytes, int id, uint32_t step) {
   if (!machine.checking()) return;
   const size_t offset = shared_offset(address, bytes);
   for (size_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = shared_shadow.bytes[i];
-    byte.pending = false;
+    byte.lasting_write = false;
     byte.write.thread = id;
     byte.write.step = step;
   }
+}
+
+// The read is now: what comes after it must be ordered after this moment, not after its start.
+void end_read(const Actor& actor, const void* address, size_t bytes) {
+  if (!machine.checking()) return;
+  const size_t offset = shared_offset(address, bytes);
+  for (size_t i = offset; i < offset + bytes; ++i) --shared_shadow.bytes[i].lasting_reads;
+  check_memory(actor, address, bytes, Access::read);
 }
 
 void check_access(const void* address, size_t bytes, Access kind, const void* caller) {
@@ -274,7 +289,7 @@ std::string source_line(const void* caller) {
   while (std::fgets(line, sizeof line, output)) {
     line[std::strcspn(line, "\n ")] = 0;
     found = line;
-    if (!std::strstr(line, "ptx.h:") && !std::strstr(line, "emulator.h:")) break;
+    if (!std::strstr(line, "ptx.h:") && !std::strstr(line, "wgmma.h:") && !std::strstr(line, "emulator.h:")) break;
   }
   pclose(output);
   return found;

@@ -46,12 +46,13 @@ class Machine:
         return _load(kernel)
 
     def memory(self, *, writable: bool = False, initialised: bool = False, **tensors: torch.Tensor) -> None:
-        """Buffers that kernels may touch. Touching anything else is an error, and so is reading what nobody wrote."""
+        """Buffers that kernels may touch, from a tensor's first element to its last. Touching anything else is an error,
+        and so is reading what nobody wrote."""
         for name, tensor in tensors.items():
-            storage = tensor.untyped_storage()
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
             _simt().simt_register(
-                ctypes.c_void_p(storage.data_ptr()),
-                ctypes.c_size_t(storage.nbytes()),
+                ctypes.c_void_p(tensor.data_ptr()),
+                ctypes.c_size_t((last + 1) * tensor.element_size() if tensor.numel() else 0),
                 name.encode(),
                 int(writable),
                 int(initialised),

@@ -104,6 +104,7 @@ void release(Barrier& barrier) {
 void thread_main() {
   machine.body(machine.parameters);
   Thread& thread = self();
+  finish_asynchronous(thread);
   thread.done = true;
   --machine.live;
   // A thread that has returned no longer takes part in __syncthreads.
@@ -124,6 +125,8 @@ void start_block(uint32_t number) {
   for (Barrier& barrier : barriers) barrier = Barrier();
   gatherings.assign(static_cast<size_t>(machine.thread_count + 31) / 32, {});
   start_memory_of_block();
+  start_asynchronous_of_block();
+  start_matrix_of_block();
   for (int i = 0; i < machine.thread_count; ++i) {
     Thread& thread = machine.threads[i];
     const unsigned u = static_cast<unsigned>(i);

@@ -120,7 +120,7 @@ struct RowTokens {
   const int64_t* order;
 
   PYEXT_DEVICE RowTokens(const RotaryProblem& p, int64_t table, int64_t row)
-      : count(row < p.length), repeats(shared_positions(p) && p.table_batch == 1 ? p.batch : 1), order(nullptr) {
+      : count(p.batch && row < p.length), repeats(shared_positions(p) && p.table_batch == 1 ? p.batch : 1), order(nullptr) {
     if (p.positions) {
       const bool piecewise = !shared_positions(p) && p.table_batch > 1;
       const int64_t first = piecewise ? table * p.length : 0;

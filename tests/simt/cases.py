@@ -16,7 +16,8 @@ import torch
 from .build import Kernel
 from .runtime import Machine
 
-SOURCES = {name: f"tests/simt/kernels/{name}.cu" for name in ("elementwise", "reduce", "gemm_sm80", "gemm_sm90")}
+NAMES = ("elementwise", "reduce", "gemm_sm80", "gemm_sm90", "misuse")
+SOURCES = {name: f"tests/simt/kernels/{name}.cu" for name in NAMES}
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

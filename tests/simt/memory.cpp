@@ -48,7 +48,7 @@ struct Buffer {
 
 std::vector<Buffer> buffers;
 Shadow shared_shadow;
-constexpr size_t shared_alignment = 1024;
+constexpr size_t shared_alignment = 1024, shared_space = 256 << 10;
 
 // --- Messages ---
 
@@ -209,7 +209,7 @@ Actor acting(Thread& thread, const void* caller, bool asynchronous_proxy) {
 void check_memory(const Actor& actor, const void* address, size_t bytes, Access kind, bool lasting) {
   if (!machine.checking()) return;
   const char* begin = static_cast<const char*>(address);
-  if (!within(address, machine.shared, machine.shared_bytes + shared_alignment)) {
+  if (!within(address, machine.shared, shared_space)) {
     return check_global(actor, begin, bytes, kind);
   }
   const size_t offset = static_cast<size_t>(begin - machine.shared);
@@ -255,7 +255,7 @@ size_t shared_offset(const void* address, size_t bytes) {
 }
 
 void start_memory_of_launch() {
-  if (!machine.shared) machine.shared = static_cast<char*>(std::aligned_alloc(shared_alignment, 256 << 10));
+  if (!machine.shared) machine.shared = static_cast<char*>(std::aligned_alloc(shared_alignment, shared_space));
   if (!machine.shared) std::abort();
   for (Buffer& buffer : buffers) {
     buffer.shadow.clocks.clear();

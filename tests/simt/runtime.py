@@ -1,4 +1,4 @@
-"""Runs CUDA sources on the CPU: loads what `build` made, hands it torch tensors as device memory, reports what it finds.
+"""Runs CUDA sources on the CPU: loads what `build` made, lends it torch tensors as device memory, says what it finds.
 
 with machine(schedule="lifo", completion="late", seed=3) as gpu:
     kernels = gpu.load(Kernel("csrc/cuda/rotary.cu"))
@@ -46,7 +46,7 @@ class Machine:
         return _load(kernel)
 
     def memory(self, *, writable: bool = False, initialised: bool = False, **tensors: torch.Tensor) -> None:
-        """Buffers that kernels may touch, from a tensor's first element to its last. Touching anything else is an error,
+        """What kernels may touch: each tensor from its first element to its last. Touching anything else is an error,
         and so is reading what nobody wrote."""
         for name, tensor in tensors.items():
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))

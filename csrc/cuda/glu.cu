@@ -134,7 +134,7 @@ template <class Kernel>
 int launch_glu(Kernel kernel, const GluProblem& p, int64_t size, cudaStream_t stream) {
   const int64_t columns = ceil_div(p.width, size);
   const unsigned x = unsigned(min_of(columns, kThreads)), y = unsigned(min_of(kThreads / x, p.rows));
-  const dim3 grid(grid_x(ceil_div(columns, x)), grid_yz(ceil_div(p.rows, y)), grid_yz(p.batch * p.heads));
+  const dim3 grid(unsigned(ceil_div(columns, x)), grid_yz(ceil_div(p.rows, y)), grid_yz(p.batch * p.heads));
   return ptx::launch(kernel, grid, dim3(x, y), 0, stream, p);
 }
 
@@ -154,33 +154,32 @@ int with_activation(Activation activation, const F& f) {
   return cudaErrorInvalidValue;
 }
 
-}  // namespace
-}  // namespace pyext
-
-int pyext_cuda_glu_forward(const pyext::GluProblem& problem, void* stream) {
-  using namespace pyext;
-  GluProblem p = problem;
+// kernel(element, size, interleaved, activation) is the kernel for these types.
+template <class F>
+int run_glu(GluProblem p, void* stream, const F& kernel) {
   if (p.batch * p.heads * p.rows * p.width == 0) return cudaSuccess;
   join_rows(p);
-  const bool vectors = has_aligned_rows(p.dtype, p.gate, p.up, p.out);
+  const bool vectors = has_aligned_rows(p.dtype, p.gate, p.up, p.out, p.grad, p.grad_gate, p.grad_up);
   return with_kernel(p.dtype, vectors, p.interleaved, [&](auto element, auto size, auto interleaved) {
     return with_activation(p.activation, [&](auto activation) {
-      return launch_glu(glu_forward<decltype(element), size, interleaved, activation>, p, size,
-                        static_cast<cudaStream_t>(stream));
+      return launch_glu(kernel(element, size, interleaved, activation), p, size, static_cast<cudaStream_t>(stream));
     });
   });
 }
 
-int pyext_cuda_glu_backward(const pyext::GluProblem& problem, void* stream) {
+}  // namespace
+}  // namespace pyext
+
+int pyext_cuda_glu_forward(const pyext::GluProblem& p, void* stream) {
   using namespace pyext;
-  GluProblem p = problem;
-  if (p.batch * p.heads * p.rows * p.width == 0) return cudaSuccess;
-  join_rows(p);
-  const bool vectors = has_aligned_rows(p.dtype, p.gate, p.up, p.grad, p.grad_gate, p.grad_up);
-  return with_kernel(p.dtype, vectors, p.interleaved, [&](auto element, auto size, auto interleaved) {
-    return with_activation(p.activation, [&](auto activation) {
-      return launch_glu(glu_backward<decltype(element), size, interleaved, activation>, p, size,
-                        static_cast<cudaStream_t>(stream));
-    });
+  return run_glu(p, stream, [](auto element, auto size, auto interleaved, auto activation) {
+    return glu_forward<decltype(element), size, interleaved, activation>;
+  });
+}
+
+int pyext_cuda_glu_backward(const pyext::GluProblem& p, void* stream) {
+  using namespace pyext;
+  return run_glu(p, stream, [](auto element, auto size, auto interleaved, auto activation) {
+    return glu_backward<decltype(element), size, interleaved, activation>;
   });
 }

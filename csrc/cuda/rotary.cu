@@ -120,7 +120,9 @@ struct RowTokens {
   const int64_t* order;
 
   PYEXT_DEVICE RowTokens(const RotaryProblem& p, int64_t table, int64_t row)
-      : count(p.batch && row < p.length), repeats(shared_positions(p) && p.table_batch == 1 ? p.batch : 1), order(nullptr) {
+      : count(p.batch && row < p.length),
+        repeats(shared_positions(p) && p.table_batch == 1 ? p.batch : 1),
+        order(nullptr) {
     if (p.positions) {
       const bool piecewise = !shared_positions(p) && p.table_batch > 1;
       const int64_t first = piecewise ? table * p.length : 0;
@@ -217,7 +219,7 @@ template <class T, int N, bool interleaved>
 int launch_forward(const RotaryProblem& p, cudaStream_t stream) {
   const int64_t chunks = p.half / N + (p.head_dim - 2 * p.half) / N;
   const unsigned x = unsigned(min_of(chunks, kThreads)), y = unsigned(min_of(kThreads / x, p.length));
-  const dim3 grid(grid_x(ceil_div(p.length, y)), grid_yz(ceil_div(p.heads, kHeads)), grid_yz(p.batch));
+  const dim3 grid(unsigned(ceil_div(p.length, y)), grid_yz(ceil_div(p.heads, kHeads)), grid_yz(p.batch));
   return ptx::launch(rotary_forward<T, N, interleaved>, grid, dim3(x, y), 0, stream, p);
 }
 

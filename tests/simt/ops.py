@@ -1,14 +1,15 @@
 """The operators of torch.ops.pyext by the kernels of csrc/cuda, run on the emulator with CPU tensors.
 
-Each function below has the signature of an operator, and does for the emulator what csrc/<op>.cpp does for a GPU: views,
-fresh results, problem, launcher. `instead_of_cpu` puts them in the place of the CPU kernels, so that whatever calls an
-op (a test of the public function, autograd, opcheck) runs the CUDA source.
+Each function below has the signature of an operator, and does for the emulator what csrc/<op>.cpp does for a GPU:
+views, fresh results, problem, launcher. `instead_of_cpu` puts them in the place of the CPU kernels, so that whatever
+calls an op (a test of the public function, autograd, opcheck) runs the CUDA source.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,6 +28,7 @@ SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in ("rotary", "glu")}
 def instead_of_cpu(sources: dict[str, Kernel] = SOURCES, **run) -> Iterator[None]:
     """Within it, the CPU's operators are the CUDA kernels of `sources` on a machine with the options `run`."""
     library = torch.library.Library("pyext", "IMPL")
+    warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
     try:
         for stem, kernel in sources.items():
             for direction in ("forward", "backward"):
@@ -113,7 +115,7 @@ def _in_four_dimensions(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _glu_problem(inputs: list[Tensor], results: list[Tensor], packed, activation, gate_first, interleaved):
-    """inputs: gate, up unless packed, grad in a backward; results: out, or the gradients of gate and, unless packed, up."""
+    """inputs: gate, up unless packed, grad in a backward; results: out, or the gradients of gate and up alike."""
     backward = len(inputs) == (2 if packed else 3)
     gate, *others = _in_four_dimensions([*inputs, *results])
     width = gate.shape[-1] // 2 if packed else gate.shape[-1]
@@ -126,9 +128,7 @@ def _glu_problem(inputs: list[Tensor], results: list[Tensor], packed, activation
         p.out = view(others.pop())
         return p
     p.grad, grad_gate = view(others.pop(0)), others.pop(0)
-    p.grad_gate, p.grad_up = (
-        (view(grad_gate, at) for at in halves) if packed else (view(grad_gate), view(others.pop()))
-    )
+    p.grad_gate, p.grad_up = (view(grad_gate, at) for at in halves) if packed else (view(grad_gate), view(others.pop()))
     return p
 
 

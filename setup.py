@@ -3,10 +3,10 @@
 Environment: ``CXX``, ``CXXFLAGS`` and ``CMAKE_ARGS`` reach CMake as usual, ``MAX_JOBS`` limits how many compilers run
 at a time, ``PYEXT_NO_NATIVE=1`` installs the Python part alone, where every call runs on the PyTorch reference.
 
-CUDA kernels (csrc/cuda) are built and linked if torch is a CUDA build and nvcc is found (``CUDACXX``, ``CUDA_HOME``, PATH,
-/usr/local/cuda); else there are none, and the build says so. ``PYEXT_CUDA=0`` leaves them out. ``PYEXT_CUDA=1`` demands
-them: without nvcc the build fails, and with a CPU build of torch they are compiled as a check, but not linked. That
-is not the default, because it triples the time of an install that cannot use them: the test-suite compiles them
+CUDA kernels (csrc/cuda) are built and linked if torch is a CUDA build and nvcc is found (``CUDACXX``, ``CUDA_HOME``,
+PATH, /usr/local/cuda); else there are none, and the build says so. ``PYEXT_CUDA=0`` leaves them out. ``PYEXT_CUDA=1``
+demands them: without nvcc the build fails, and with a CPU build of torch they are compiled as a check, but not linked.
+That is not the default, because it doubles the time of an install that cannot use them: the test-suite compiles them
 wherever it finds nvcc (tests/test_cuda_resources.py).
 """
 
@@ -48,9 +48,10 @@ def find_tool(name: str) -> str:
 
 def find_nvcc() -> str | None:
     """Path of the CUDA compiler, or None."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    named = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((path for path in map(shutil.which, filter(None, named)) if path), None)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    named = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    paths = map(shutil.which, filter(None, [*named, "/usr/local/cuda/bin/nvcc"]))
+    return next(filter(None, paths), None)
 
 
 def cuda_options(torch_root: Path) -> list[str]:

@@ -84,6 +84,13 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(module, target)
 
+    def copy_extensions_to_source(self) -> None:
+        """Where the tree is used as it stands, `pyext.kernels` (see pyproject.toml) is to be found in it."""
+        super().copy_extensions_to_source()
+        link = ROOT / "pyext/kernels"
+        if not link.exists():
+            link.symlink_to("../kernels/triton")
+
     def _configure_command(self, build: Path) -> list[str]:
         torch_root = package_folder("torch")
         if not (torch_root / "include/torch/csrc/stable/library.h").is_file():

@@ -22,6 +22,13 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dense_in_order_of(x: Tensor) -> Tensor:
+    """An empty tensor like x (B, H, L, D), dense, with x's order of batch, heads and rows in memory."""
+    order = sorted(range(3), key=x.stride, reverse=True)  # stable, as the kernels'
+    out = x.new_empty([*(x.shape[d] for d in order), x.shape[3]])
+    return out.permute(*(order.index(d) for d in range(3)), 3)
+
+
 class Sizes(NamedTuple):
     """The call that biases and masks lower against: its sizes, and for biases also its contents.
 

@@ -14,12 +14,15 @@ import torch.utils.deterministic
 
 from support import backends
 
+if backends.TRITON and not backends.HAS_GPU:
+    from support import triton_interpreter
+
 SESSION_SEED = int(os.environ.get("PYEXT_TEST_SEED") or random.SystemRandom().randrange(2**31))
 M_PERTURB, FRESH_BYTES = -6, 0x01  # glibc fills fresh memory with the complement, 0xFE: -1.7e38 in fp32, NaN in fp16
 
 
 def pytest_report_header(config):
-    names = ", ".join(map(str, backends.ALL)) or "none"
+    names = ", ".join(map(str, backends.ALL + backends.TRITON)) or "none"
     return [f"pyext seed: {SESSION_SEED} (PYEXT_TEST_SEED={SESSION_SEED} repeats this run)", f"pyext backends: {names}"]
 
 
@@ -36,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
     def key(item):
         parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        for name in ("backend", "cpu"):
+        for name in (*CHOICES, "cpu"):
             parameters.pop(name, None)
         case = (item.nodeid.split("[")[0], *((name, id(value)) for name, value in parameters.items()))
         return order.setdefault(case, len(order))
@@ -62,6 +65,8 @@ def clean_slate(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(zlib.crc32(f"{SESSION_SEED}/{request.node.nodeid}".encode()))
+    if backends.TRITON and not backends.HAS_GPU:
+        triton_interpreter.shuffle_programs(torch.initial_seed())
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -69,9 +74,38 @@ def clean_slate(request):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=backends.ALL, ids=str)
+#: Fixtures that run over the implementations of the op that a test module names in OP (attention by default).
+CHOICES = {
+    "backend": lambda backend: True,
+    "kernel": lambda backend: backend.impl != "reference",
+    "fp64_backend": lambda backend: backend.widest == torch.float64,
+}
+
+
+def pytest_generate_tests(metafunc):
+    for name, choice in CHOICES.items():
+        if name in metafunc.fixturenames:
+            chosen = filter(choice, backends.of(getattr(metafunc.module, "OP", "attention")))
+            metafunc.parametrize(name, backends.as_parameters(chosen), indirect=True)
+
+
+@pytest.fixture
 def backend(request):
     """Every implementation."""
+    with request.param.selected():
+        yield request.param
+
+
+@pytest.fixture
+def kernel(request):
+    """Every implementation but the reference."""
+    with request.param.selected():
+        yield request.param
+
+
+@pytest.fixture
+def fp64_backend(request):
+    """Every implementation that computes in fp64."""
     with request.param.selected():
         yield request.param
 

@@ -15,6 +15,8 @@ from support import backends, layouts, rotary
 from support.cases import DTYPES
 from support.rotary import POSITIONS, TABLES, Case, check, draw, run
 
+OP = "rotary"
+
 
 def dtype_name(dtype):
     return str(dtype)[6:]
@@ -54,13 +56,13 @@ EMPTY = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("which", CASES, ids=str)
 def test_against_complex_numbers(which, dtype, backend, session_seed):
-    check(which, dtype, backend.impl, session_seed)
+    check(which, dtype, backend, session_seed)
 
 
 @pytest.mark.parametrize("which", EMPTY, ids=str)
 def test_empty(which, backend, session_seed):
     """No batch, no heads, no tokens, nothing rotated: the right shapes, zeros where a sum is empty."""
-    drawn = draw(which, torch.float32, session_seed)
+    drawn = draw(which, torch.float32, session_seed, backend.device)
     got = run(drawn, backend.impl)
     for name, like in (("out", drawn.x), ("grad x", drawn.x), ("grad cos", drawn.cos), ("grad sin", drawn.sin)):
         assert got[name].shape == like.shape
@@ -96,9 +98,9 @@ def cases(draw):
 )
 @given(which=cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31 - 1), threads=st.sampled_from([1, 2]))
 def test_any_call(which, dtype, seed, threads):
-    for backend in backends.ALL:
+    for backend in backends.of(OP):
         with backend.selected():
-            check(which, dtype, backend.impl, seed, threads)
+            check(which, dtype, backend, seed, threads)
 
 
 # --- Properties ---
@@ -106,13 +108,15 @@ def test_any_call(which, dtype, seed, threads):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_inverse_undoes(interleaved, backend):
-    angle = torch.randn(37, 12, dtype=torch.float64)
-    x = torch.randn(2, 3, 37, 30, dtype=torch.float64)
+    dtype = backend.widest
+    angle = torch.randn(37, 12, dtype=dtype)
+    x = torch.randn(2, 3, 37, 30, dtype=dtype)
     options = dict(interleaved=interleaved, impl=backend.impl)
     there = pyext.rotary(x, angle.cos(), angle.sin(), **options)
     assert (there - x).abs().max() > 0.1
     back = pyext.rotary(there, angle.cos(), angle.sin(), inverse=True, **options)
-    torch.testing.assert_close(back, x, rtol=1e-13, atol=1e-13)
+    limit = 500 * torch.finfo(dtype).eps
+    torch.testing.assert_close(back, x, rtol=limit, atol=limit)
 
 
 def test_scores_depend_on_the_distance_only(backend):
@@ -122,7 +126,7 @@ def test_scores_depend_on_the_distance_only(backend):
     scores = []
     for shift in (0, 100, 3000):
         turned = [
-            pyext.rotary(x.double(), cos, sin, positions=torch.tensor([at + shift]), impl=backend.impl)
+            pyext.rotary(x.to(backend.widest), cos, sin, positions=torch.tensor([at + shift]), impl=backend.impl)
             for x, at in ((q, 17), (k, 5))
         ]
         scores.append((turned[0] * turned[1]).sum())
@@ -131,10 +135,10 @@ def test_scores_depend_on_the_distance_only(backend):
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "blhd", "lbhd", "packed_qkv", "padded_rows", "columns"])
-def test_layout_is_kept(kind, cpu):
+def test_layout_is_kept(kind, kernel):
     """Dense results in the order of x's dimensions in memory: what reads (B, L, H, D) next needs no copy."""
-    drawn = draw(Case(b=2, h=3, n=5, layout=kind), torch.float32, 1)
-    out = pyext.rotary(drawn.x, drawn.cos, drawn.sin, impl=cpu.impl)
+    drawn = draw(Case(b=2, h=3, n=5, layout=kind), torch.float32, 1, kernel.device)
+    out = pyext.rotary(drawn.x, drawn.cos, drawn.sin, impl=kernel.impl)
     order = {"blhd": (0, 2, 1, 3), "lbhd": (2, 0, 1, 3), "packed_qkv": (0, 2, 1, 3)}.get(kind, (0, 1, 2, 3))
     assert out.permute(order).is_contiguous()
 
@@ -172,39 +176,39 @@ def test_thread_count_changes_no_bit(which, dtype, cpu, seed):
             assert torch.equal(value, once[name]), (name, threads)
 
 
-def test_many_tokens_at_one_position(cpu):
+def test_many_tokens_at_one_position(kernel):
     """A gradient summed over 50,000 tokens keeps fp32 accuracy."""
     x, grad = (torch.rand(5, 2, 5000, 4) for _ in range(2))
     cos, sin = (torch.ones(3, 2, requires_grad=True) for _ in range(2))
-    out = pyext.rotary(x, cos, sin, positions=torch.ones(5000, dtype=torch.int32), impl=cpu.impl)
+    out = pyext.rotary(x, cos, sin, positions=torch.ones(5000, dtype=torch.int32), impl=kernel.impl)
     got = torch.autograd.grad(out, (cos, sin), grad)
     g, y = grad.double().view(-1, 2, 2), x.double().view(-1, 2, 2)
     wanted = (g * y).sum((0, 1)), (g[:, 1] * y[:, 0] - g[:, 0] * y[:, 1]).sum(0)
     for gradient, row in zip(got, wanted):
-        torch.testing.assert_close(gradient[1].double(), row, rtol=1e-7, atol=1e-3)
+        torch.testing.assert_close(gradient[1].double(), row, rtol=3e-7, atol=1e-3)
         assert not gradient[[0, 2]].any()
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
-def test_offsets_beyond_two_billion(dtype, dim, cpu):
-    drawn = draw(Case(b=2, h=2), dtype, 1)
-    wanted = run(drawn, cpu.impl)
+def test_offsets_beyond_two_billion(dtype, dim, kernel):
+    drawn = draw(Case(b=2, h=2), dtype, 1, kernel.device)
+    wanted = run(drawn, kernel.impl)
     drawn.x = layouts.far_apart(drawn.x.detach(), dim).requires_grad_()
     drawn.grad = layouts.far_apart(drawn.grad, dim)
-    for name, value in run(drawn, cpu.impl).items():
+    for name, value in run(drawn, kernel.impl).items():
         assert torch.equal(value, wanted[name]), name
 
 
-def test_nan_stays_in_its_row(cpu):
+def test_nan_stays_in_its_row(kernel):
     """Vectors that reach past a row's rotated features bring nothing into another row, or out of the copied ones."""
     for d, r in SIZES:
         for interleaved in (False, True):
-            drawn = draw(Case(b=1, h=2, n=4, d=d, r=r, interleaved=interleaved), torch.float32, 1)
-            clean = run(drawn, cpu.impl)["out"]
+            drawn = draw(Case(b=1, h=2, n=4, d=d, r=r, interleaved=interleaved), torch.float32, 1, kernel.device)
+            clean = run(drawn, kernel.impl)["out"]
             with torch.no_grad():
                 drawn.x[0, 1, 2] = float("nan")
-            dirty = run(drawn, cpu.impl)["out"]
+            dirty = run(drawn, kernel.impl)["out"]
             others = torch.ones(1, 2, 4, dtype=torch.bool)
             others[0, 1, 2] = False
             assert dirty[0, 1, 2].isnan().all() and torch.equal(dirty[others], clean[others])
@@ -212,7 +216,7 @@ def test_nan_stays_in_its_row(cpu):
 
 def test_inputs_are_not_written_and_not_aliased(backend):
     for which in (Case(positions="batch", r=20), Case(r=0)):
-        drawn = draw(which, torch.float32, 1)
+        drawn = draw(which, torch.float32, 1, backend.device)
         before = [x.detach().clone() for x in drawn.leaves]
         out = pyext.rotary(*drawn.leaves, positions=drawn.positions, impl=backend.impl)
         out.sum().backward()
@@ -235,28 +239,30 @@ TINY = [
 
 @pytest.mark.parametrize("check_derivative", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("which", TINY, ids=str)
-def test_derivatives(which, check_derivative, backend, seed):
+def test_derivatives(which, check_derivative, fp64_backend, seed):
     """First and second ones: the kernels' are right, too."""
     drawn = draw(which, torch.float64, seed)
-    options = dict(interleaved=which.interleaved, positions=drawn.positions, inverse=which.inverse, impl=backend.impl)
+    options = dict(interleaved=which.interleaved, positions=drawn.positions, inverse=which.inverse)
+    options["impl"] = fp64_backend.impl
     assert check_derivative(lambda *leaves: pyext.rotary(*leaves, **options), drawn.leaves)
 
 
-def test_third_derivative(cpu):
+def test_third_derivative(kernel):
     """Kernels against the reference, three times differentiated in all three inputs."""
     results = []
-    for impl in ("reference", cpu.impl):
-        drawn = draw(Case(2, 2, 5, 10, 8, tables="shared", positions="row"), torch.float64, 3)
+    for impl in ("reference", kernel.impl):
+        drawn = draw(Case(2, 2, 5, 10, 8, tables="shared", positions="row"), kernel.widest, 3, kernel.device)
         value = pyext.rotary(*drawn.leaves, positions=drawn.positions, impl=impl).pow(4).sum()
         for _ in range(3):
             gradients = torch.autograd.grad(value, drawn.leaves, create_graph=True)
             value = sum((g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view(g.shape)).sum() for g in gradients)
         results.append(torch.stack([value, *(g.sum() for g in gradients)]))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-8)
+    limit = 1e5 * torch.finfo(kernel.widest).eps
+    torch.testing.assert_close(results[1], results[0], rtol=limit, atol=limit * float(results[0].detach().abs().max()))
 
 
 def test_gradients_only_where_asked(backend, seed):
-    drawn = draw(Case(positions="row"), torch.float32, seed)
+    drawn = draw(Case(positions="row"), torch.float32, seed, backend.device)
     everything = run(drawn, backend.impl)
     for wanted in itertools.product((False, True), repeat=3):
         leaves = [x.detach().requires_grad_(flag) for x, flag in zip(drawn.leaves, wanted)]
@@ -269,15 +275,15 @@ def test_gradients_only_where_asked(backend, seed):
             assert (x.grad is not None) == flag and (not flag or torch.equal(x.grad, everything[name]))
 
 
-def test_x_is_not_kept_without_need(cpu):
+def test_x_is_not_kept_without_need(kernel):
     """Where the tables are constants, the graph holds them and not x."""
     import gc
     import weakref
 
-    drawn = draw(Case(), torch.float32, 1)
+    drawn = draw(Case(), torch.float32, 1, kernel.device)
     hidden = drawn.x * 1.0
     watch = weakref.ref(hidden)
-    out = pyext.rotary(hidden, drawn.cos.detach(), drawn.sin.detach(), impl=cpu.impl)
+    out = pyext.rotary(hidden, drawn.cos.detach(), drawn.sin.detach(), impl=kernel.impl)
     del hidden
     gc.collect()
     assert watch() is None
@@ -368,7 +374,7 @@ def test_all_arguments_are_tested():
 
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
 def test_forced_backend_never_falls_back(impl):
-    drawn = rotary.draw(Case(), torch.float32, 1)
+    drawn = rotary.draw(Case(), torch.float64, 1)
     with pytest.raises(NotImplementedError, match=f"pyext.rotary: impl='{impl}' refuses this call\n"):
         pyext.rotary(*drawn.leaves, impl=impl)
 

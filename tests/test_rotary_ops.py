@@ -10,6 +10,7 @@ import pyext
 from support import layouts
 from support.rotary import Case, draw
 
+OP = "rotary"
 CASES = [
     Case(),
     Case(layout="lbhd", interleaved=True, inverse=True, r=20),
@@ -23,8 +24,8 @@ CASES = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def op_arguments(which, dtype, requires_grad):
-    drawn = draw(which, dtype, 1)
+def op_arguments(which, dtype, requires_grad, device):
+    drawn = draw(which, dtype, 1, device)
     positions = drawn.positions
     if positions is not None and positions.dim() == 1:
         positions = positions[None]
@@ -35,24 +36,27 @@ def op_arguments(which, dtype, requires_grad):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", CASES, ids=str)
-def test_opcheck(which, dtype, requires_grad, cpu):
-    drawn, leaves, positions = op_arguments(which, dtype, requires_grad)
-    torch.library.opcheck(
-        torch.ops.pyext.rotary_forward.default, (*leaves, positions, which.interleaved, which.inverse)
-    )
+def test_opcheck(which, dtype, requires_grad, kernel):
+    drawn, leaves, positions = op_arguments(which, dtype, requires_grad, kernel.device)
+    operators, arguments = kernel.operators, (*leaves, positions, which.interleaved, which.inverse)
+    if kernel.refuses(dtype):
+        with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16"):
+            operators.rotary_forward.default(*arguments)
+        return
+    torch.library.opcheck(operators.rotary_forward.default, arguments)
     sizes = (1, *drawn.cos.shape)[-3:]
     grad = drawn.grad.detach().requires_grad_(requires_grad)
     arguments = (grad, leaves[0], positions, *sizes, which.interleaved, which.inverse)
-    torch.library.opcheck(torch.ops.pyext.rotary_backward.default, arguments)
+    torch.library.opcheck(operators.rotary_backward.default, arguments)
 
 
 @pytest.mark.parametrize("kind", layouts.KINDS)
-def test_fake_strides(kind, cpu):
-    drawn = draw(Case(layout=kind), torch.float32, 1)
+def test_fake_strides(kind, kernel):
+    drawn = draw(Case(layout=kind), torch.float32, 1, kernel.device)
     leaves = [x.detach() for x in drawn.leaves]
-    real = pyext.rotary(*leaves, impl="cpu")
+    real = pyext.rotary(*leaves, impl=kernel.impl)
     with FakeTensorMode() as mode:
-        fake = pyext.rotary(*map(mode.from_tensor, leaves), impl="cpu")
+        fake = pyext.rotary(*map(mode.from_tensor, leaves), impl=kernel.impl)
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
@@ -65,18 +69,36 @@ def test_fake_strides(kind, cpu):
         (dict(sin=torch.randn(5, 4).half()), "same dtype"),
         (dict(cos=torch.randn(4, 4), sin=torch.randn(4, 4)), "a row for every row of x"),
         (dict(cos=torch.randn(3, 5, 4), sin=torch.randn(3, 5, 4)), "x's batch size"),
-        (dict(positions=torch.tensor([[0, 1, 2, 3, 5]])), "must lie in"),
-        (dict(positions=torch.tensor([[0, 1, 2, -1, 3]])), "must lie in"),
         (dict(positions=torch.arange(5)), r"int64 \(batch or 1, length\)"),
         (dict(positions=torch.arange(5)[None].int()), r"int64 \(batch or 1, length\)"),
     ],
 )
-def test_the_op_protects_memory(change, message, cpu):
+def test_the_op_protects_memory(change, message, kernel):
     """What Python checks first, the op itself refuses too: it is public to torch."""
     call = dict(x=torch.randn(2, 3, 5, 8), cos=torch.randn(5, 4), sin=torch.randn(5, 4), positions=None)
     call.update(change)
+    call = {name: None if value is None else value.to(kernel.device) for name, value in call.items()}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.pyext.rotary_forward(*call.values(), False, False)
+        kernel.operators.rotary_forward(*call.values(), False, False)
+
+
+@pytest.mark.parametrize("outside", [5, -1, 2**40])
+def test_positions_outside_the_tables(outside, kernel):
+    """The op refuses them on a CPU. Where that would need a device sync, they give NaN, and no gradient to a table."""
+    positions = torch.tensor([[0, 1, 2, outside, 3]])
+    x, cos, sin = torch.randn(2, 3, 5, 8), torch.randn(5, 4), torch.randn(5, 4)
+    if kernel.impl == "cpu":
+        with pytest.raises(RuntimeError, match="must lie in"):
+            kernel.operators.rotary_forward(x, cos, sin, positions, False, False)
+        return
+    out = kernel.operators.rotary_forward(x, cos, sin, positions, False, False)
+    assert torch.equal(out.isnan().any(-1).any(1), (positions == outside).expand(2, 5))
+    got = kernel.operators.rotary_backward(x, x, positions, 1, 5, 4, False, False)
+    known = torch.tensor([0, 1, 2, 4])
+    wanted = kernel.operators.rotary_backward(
+        x[:, :, known], x[:, :, known], positions[:, known], 1, 5, 4, False, False
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
 
 
 # --- torch.compile ---
@@ -131,6 +153,17 @@ def test_compiles_whole_with_dynamic_shapes(name, blhd, cpu_best):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
+def test_compiles_whole_for_each_backend(kernel):
+    def function(q, k, v, cos, sin):
+        return pyext.rotary(q, cos, sin, positions=torch.arange(q.shape[2]) + 3, impl=kernel.impl)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (33, 20):
+        leaves = inputs(n)
+        for a, b in zip(outputs(compiled, leaves), outputs(function, leaves)):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
 def test_compiles_without_recompiling_for_each_length(cpu_best):
     compiled = torch.compile(CALLS["attention"], fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (20, 31, 42, 53):
@@ -177,13 +210,20 @@ def test_compiled_varlen(cpu_best):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, backend):
-    """rotary keeps x's dtype; attention rotates query and key after they were cast."""
+    """rotary keeps x's dtype."""
+    cos, sin, x = torch.randn(9, 4), torch.randn(9, 4), torch.randn(1, 2, 9, 8)
+    with torch.autocast(backend.device, dtype=dtype):
+        assert pyext.rotary(x, cos, sin, impl=backend.impl).dtype == torch.float32
+        assert pyext.rotary(x.to(dtype), cos, sin, impl=backend.impl).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_attention(dtype, cpu):
+    """Query and key are rotated after they were cast."""
     cos, sin = torch.randn(9, 4), torch.randn(9, 4)
     q = torch.randn(1, 2, 9, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
-        assert pyext.rotary(q, cos, sin, impl=backend.impl).dtype == torch.float32
-        assert pyext.rotary(q.to(dtype), cos, sin, impl=backend.impl).dtype == dtype
-        out = pyext.attention(q, q, q, rotary=pyext.Rotary(cos, sin), impl=backend.impl)
+        out = pyext.attention(q, q, q, rotary=pyext.Rotary(cos, sin), impl=cpu.impl)
     assert out.dtype == dtype
     out.sum().backward()
     assert q.grad.dtype == torch.float32
@@ -205,8 +245,10 @@ def test_func_transforms_run_on_the_reference(cpu):
 def test_checkpointing(backend):
     from torch.utils.checkpoint import checkpoint
 
+    def function(q, k, v, cos, sin):
+        return pyext.rotary(q, cos, sin, inverse=True, impl=backend.impl)
+
     leaves = inputs(11)
-    function = CALLS["rotary"]
     wanted = torch.autograd.grad(function(*leaves).square().sum(), (leaves[0], *leaves[3:]))
     out = checkpoint(function, *leaves, use_reentrant=False)
     for a, b in zip(torch.autograd.grad(out.square().sum(), (leaves[0], *leaves[3:])), wanted):

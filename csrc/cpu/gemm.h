@@ -190,8 +190,8 @@ INLINE __m256 load8(DType dtype, const char* row, int64_t k, int64_t features) {
 
 // dst[k * width + r] = src(r, k) for r < width; k runs to ceil(features / pair).
 // May write up to 8 elements past the end of the panel.
-template <class C>
-void pack_columns(DType dtype, const Rows& rows, int64_t features, int64_t width, typename C::T* dst) {
+template <class C, class Source = Rows>
+void pack_columns(DType dtype, const Source& rows, int64_t features, int64_t width, typename C::T* dst) {
   int64_t depth = ceil_div(features, C::pair);
   if constexpr (sizeof(typename C::T) == 8) {
     for (int64_t r = 0; r < width; ++r) {

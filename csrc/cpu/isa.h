@@ -8,10 +8,11 @@
 
 namespace pyext {
 
-struct AttentionProblem;  // csrc/attention.h
-struct GluProblem;        // csrc/glu.h
-struct RotaryProblem;     // csrc/rotary.h
-struct Parallel;          // csrc/parallel.h
+struct AttentionProblem;    // csrc/attention.h
+struct GatedLinearProblem;  // csrc/gated_linear.h
+struct GluProblem;          // csrc/glu.h
+struct RotaryProblem;       // csrc/rotary.h
+struct Parallel;            // csrc/parallel.h
 
 // The arithmetic whose peak rate KernelTable::peak_flops measures.
 enum PeakType : int { kPeakFp32 = 0, kPeakBf16 = 1, kPeakFp64 = 2 };
@@ -20,6 +21,8 @@ struct KernelTable {
   const char* name;  // "avx2", "avx512", "avx512_bf16"
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
   void (*attention_backward)(const AttentionProblem&, const Parallel&);
+  void (*gated_linear_forward)(const GatedLinearProblem&, const Parallel&);
+  void (*gated_linear_backward)(const GatedLinearProblem&, const Parallel&);
   void (*glu_forward)(const GluProblem&, const Parallel&);
   void (*glu_backward)(const GluProblem&, const Parallel&);
   void (*rotary_forward)(const RotaryProblem&, const Parallel&);

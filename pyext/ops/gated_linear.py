@@ -116,18 +116,19 @@ def _check(named: dict[str, Tensor | None], activation) -> tuple:
     features = x.shape[-1]
     if w_gate.dim() != 2 or w_gate.shape[1] != features:
         raise _checks.shape_error("w_gate", f"(N, {features}), or (2N, {features}) without w_up,", "to match x", w_gate)
-    rows = width = w_gate.shape[0]
+    height = width = w_gate.shape[0]
     if w_up is None:
-        if rows % 2:
+        if height % 2:
             raise _checks.shape_error("w_gate", f"(2N, {features})", "without w_up", w_gate)
         if named["b_up"] is not None:
             raise ValueError("b_up must be None without w_up: a packed w_gate takes both biases in b_gate")
-        width = rows // 2
+        width = height // 2
     elif w_up.shape != w_gate.shape:
         raise _checks.shape_error("w_up", _checks.shape_text(w_gate.shape), "to match w_gate", w_up)
-    _check_bias("b_gate", named["b_gate"], rows, "w_gate")
-    _check_bias("b_up", named["b_up"], rows, "w_up")
-    return (*{**named, "x": x.reshape(-1, features)}.values(), width)
+    _check_bias("b_gate", named["b_gate"], height, "w_gate")
+    _check_bias("b_up", named["b_up"], height, "w_up")
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return (*{**named, "x": rows}.values(), width)
 
 
 def _check_bias(name: str, bias: Tensor | None, rows: int, weight: str) -> None:

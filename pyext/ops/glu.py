@@ -33,7 +33,7 @@ def geglu(
         interleaved: a packed tensor holds gate and up as even and odd features; else as two halves.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
     Returns:
-        a new contiguous (..., N) of gate's dtype, computed in fp32 (fp64 for fp64) and rounded once. Differentiable;
+        a new contiguous (..., N) of gate's dtype, computed in fp32 (fp64 for fp64) and rounded once. Differentiable:
         the backward saves the inputs only and computes the activation again.
     Raises:
         TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.

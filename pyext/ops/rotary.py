@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch, _native
-from .._primitives import AttentionProblem, RotaryProblem, acc_dtype
+from .._primitives import AttentionProblem, RotaryProblem, acc_dtype, dense_in_order_of
 from ..reference.rotary import rotary as _reference
 from . import _register
 
@@ -202,9 +202,7 @@ def _local_positions(packed: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor) -
 
 
 def _forward_fake(x, cos, sin, positions, interleaved, inverse):
-    order = sorted(range(3), key=x.stride, reverse=True)  # stable, as the kernel's
-    out = x.new_empty([*(x.shape[d] for d in order), x.shape[3]])
-    return out.permute(*(order.index(d) for d in range(3)), 3)
+    return dense_in_order_of(x)
 
 
 def _backward_fake(grad, x, positions, table_batch, table_rows, half, interleaved, inverse):
@@ -259,7 +257,7 @@ class _Tables(torch.autograd.Function):
         return None, None, *grads, *(None,) * 6
 
 
-_dispatch.register(rotary, _prepare, ("cpu",))
+_dispatch.register(rotary, _prepare, ("cpu", "triton"))
 if _native.module() is not None:
-    _register.register("rotary_forward", _forward_fake, _Rotary.apply)
-    _register.register("rotary_backward", _backward_fake, _Tables.apply)
+    _register.register("rotary_forward", _forward_fake, _Rotary.apply, "rotary")
+    _register.register("rotary_backward", _backward_fake, _Tables.apply, "rotary")

@@ -1,14 +1,23 @@
-"""Which implementations the tests run: the reference, and the CPU kernels once per instruction set of this machine.
+"""Which implementations the tests run: the reference, the CPU kernels once per instruction set of this machine, and the
+Triton kernels of the ops that have them, on a GPU if there is one and interpreted if not.
 
 PYEXT_TEST_BACKENDS=reference,cpu-avx2 narrows the list. A backend that comes later joins by adding its name here.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, for its own functions too
 
 
 @dataclass(frozen=True)
@@ -17,13 +26,31 @@ class Backend:
 
     impl: str
     isa: str | None = None
+    device: str = "cpu"  # where its tensors live
 
     def __str__(self) -> str:
         return self.impl + (f"-{self.isa}" if self.isa else "")
 
+    @property
+    def widest(self) -> torch.dtype:
+        """The most exact dtype it computes in."""
+        return torch.float32 if self.impl in ("triton", "cuda") else torch.float64
+
+    def refuses(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.float64 != self.widest
+
+    @property
+    def operators(self):
+        """The namespace of its torch operators."""
+        return torch.ops.pyext_triton if self.impl == "triton" else torch.ops.pyext
+
     @contextmanager
     def selected(self):
-        """Run with this instruction set, and put the former one back."""
+        """Run with this instruction set, and put the former one back; on a GPU, make fresh tensors there."""
+        if self.device != "cpu":
+            with torch.device(self.device):
+                yield self
+            return
         if self.isa is None:
             yield self
             return
@@ -45,6 +72,17 @@ def _cpu() -> list[Backend]:
     return [Backend("cpu", isa) for isa in _C.available_isas()]
 
 
+def _triton() -> list[Backend]:
+    if importlib.util.find_spec("triton") is None:
+        return []
+    if HAS_GPU:
+        return [Backend("triton", device="cuda")]
+    from . import triton_interpreter
+
+    triton_interpreter.install()
+    return [Backend("triton")]
+
+
 def _wanted(backends: list[Backend]) -> list[Backend]:
     names = os.environ.get("PYEXT_TEST_BACKENDS")
     return backends if not names else [b for b in backends if str(b) in names.split(",")]
@@ -64,3 +102,16 @@ def cpu_kernels_expected() -> bool:
 
 CPU = _wanted(_cpu())
 ALL = _wanted([Backend("reference")]) + CPU
+TRITON = _wanted(_triton())
+
+
+def of(op: str) -> list[Backend]:
+    """The implementations of an op."""
+    from pyext import _dispatch
+
+    return ALL + (TRITON if "triton" in _dispatch._OPS[op].kernels else [])
+
+
+def as_parameters(backends: list[Backend]) -> list:
+    """For pytest; what needs a GPU is marked so."""
+    return [pytest.param(b, marks=pytest.mark.gpu if b.device == "cuda" else (), id=str(b)) for b in backends]

@@ -51,11 +51,11 @@ def place(values: torch.Tensor, kind: str = "contiguous") -> torch.Tensor:
     """A (B, H, L, D) view of layout `kind` in poisoned storage, holding `values` (its first slice where expanded)."""
     shape, strides = values.shape, _strides(kind, *values.shape)
     if values.numel() == 0:
-        return torch.empty_strided(shape, strides, dtype=values.dtype)
+        return torch.empty_strided(shape, strides, dtype=values.dtype, device=values.device)
     offset = MARGIN + (1 if kind == "unaligned" else 0)
     used = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
     poison = math.nan if values.is_floating_point() else True
-    storage = torch.full((used + 2 * MARGIN + 1,), poison, dtype=values.dtype)
+    storage = torch.full((used + 2 * MARGIN + 1,), poison, dtype=values.dtype, device=values.device)
     for dim, stride in enumerate(strides):
         if stride == 0:
             values = values.narrow(dim, 0, 1)
@@ -66,14 +66,17 @@ def place(values: torch.Tensor, kind: str = "contiguous") -> torch.Tensor:
 def far_apart(values: torch.Tensor, dim: int) -> torch.Tensor:
     """`values` with slices along `dim` lying so far apart that the last one is more than 2^31 elements from the first.
 
-    The memory is reserved, not used: only the pages that hold the values are ever touched.
+    On a CPU the memory is reserved, not used: only the pages that hold the values are ever touched.
     """
     step = FAR // (values.shape[dim] - 1) + 1
     strides = [values.shape[-1] * int(torch.tensor(values.shape[n + 1 : -1]).prod()) for n in range(3)] + [1]
     strides[dim] = step
     used = sum((size - 1) * stride for size, stride in zip(values.shape, strides)) + 1
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = mmap.mmap(-1, used * values.element_size(), flags=flags)
-    view = torch.frombuffer(memory, dtype=values.dtype, count=used).as_strided(values.shape, strides)
+    if values.is_cpu:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        storage = torch.frombuffer(mmap.mmap(-1, used * values.element_size(), flags=flags), dtype=values.dtype)
+    else:
+        storage = values.new_empty(used)
+    view = storage.as_strided(values.shape, strides)
     assert (values.shape[dim] - 1) * view.stride(dim) > 2**31
     return view.copy_(values)

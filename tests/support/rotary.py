@@ -5,9 +5,11 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from . import layouts
+from .backends import Backend
 from .cases import on_threads
 from .tolerance import assert_close_to_reference
 
@@ -56,12 +58,12 @@ class Drawn:
         return self.x, self.cos, self.sin
 
 
-def draw(case: Case, dtype: torch.dtype, seed: int) -> Drawn:
+def draw(case: Case, dtype: torch.dtype, seed: int, device: str = "cpu") -> Drawn:
     """Fresh inputs in poisoned storage. cos and sin are random numbers: the formula asks no more of them."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case}|{dtype}|{seed}".encode()))
 
     def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+        return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(device)
 
     rows = case.n if case.tables != "shared" and case.positions is None else case.n + 5
     table_dtype = dtype if case.table_dtype is None or dtype == torch.float64 else case.table_dtype
@@ -74,7 +76,7 @@ def draw(case: Case, dtype: torch.dtype, seed: int) -> Drawn:
     positions = None
     if case.positions:
         size = (case.n,) if case.positions == "row" else (case.b, case.n)
-        positions = torch.randint(0, rows, size, generator=generator)
+        positions = torch.randint(0, rows, size, generator=generator, device="cpu").to(device)
     shape = case.b, case.h, case.n, case.d
     x = layouts.place(normal(*shape).to(dtype), case.layout).requires_grad_()
     return Drawn(case, x, table(), table(), positions, layouts.place(normal(*shape).to(dtype), case.grad_layout))
@@ -84,7 +86,7 @@ def _rows(table: Tensor, drawn: Drawn) -> Tensor:
     """(B, 1, L, R/2): the row of each token."""
     case = drawn.case
     table = table.expand(case.b, *table.shape[-2:])
-    positions = torch.arange(case.n) if drawn.positions is None else drawn.positions
+    positions = torch.arange(case.n, device=table.device) if drawn.positions is None else drawn.positions
     index = positions.expand(case.b, case.n)[..., None].expand(-1, -1, table.shape[-1])
     return table.gather(1, index)[:, None]
 
@@ -139,9 +141,13 @@ def run(drawn: Drawn, impl: str, threads: int = 2) -> dict[str, Tensor]:
         return with_gradients(lambda *leaves: pyext.rotary(*leaves, **options), drawn.leaves, drawn.grad)
 
 
-def check(case: Case, dtype: torch.dtype, impl: str, seed: int, threads: int = 2) -> None:
-    """The tolerance rule for out and every gradient; dtypes and shapes."""
-    drawn = draw(case, dtype, seed)
+def check(case: Case, dtype: torch.dtype, backend: Backend, seed: int, threads: int = 2) -> None:
+    """The tolerance rule for out and every gradient; dtypes and shapes. Or the refusal of a dtype."""
+    drawn = draw(case, dtype, seed, backend.device)
+    if backend.refuses(dtype):
+        with pytest.raises(NotImplementedError, match=f"{backend.impl}: dtype {dtype} is not supported"):
+            run(drawn, backend.impl)
+        return
 
     def by(formula, change, grad):
         leaves = [change(x.detach()).requires_grad_() for x in drawn.leaves]
@@ -151,7 +157,7 @@ def check(case: Case, dtype: torch.dtype, impl: str, seed: int, threads: int = 2
     # The terms of the sums over heads and tokens, which may cancel; those of sin are of the same size.
     terms = by(oracle, lambda x: x.double().abs(), drawn.grad.double().abs())["grad cos"].abs()
     inputs = {"out": drawn.x, "grad x": drawn.x, "grad cos": drawn.cos, "grad sin": drawn.sin}
-    for name, value in run(drawn, impl, threads).items():
+    for name, value in run(drawn, backend.impl, threads).items():
         assert value.dtype == inputs[name].dtype, name
         magnitude = terms if name in ("grad cos", "grad sin") and terms.numel() else None
         computed = torch.float32 if value.dtype == torch.float64 != dtype else value.dtype

@@ -2,10 +2,17 @@
 
 Environment: ``CXX``, ``CXXFLAGS`` and ``CMAKE_ARGS`` reach CMake as usual, ``MAX_JOBS`` limits how many compilers run
 at a time, ``PYEXT_NO_NATIVE=1`` installs the Python part alone, where every call runs on the PyTorch reference.
+
+CUDA kernels (csrc/cuda) are built and linked if torch is a CUDA build and nvcc is found (``CUDACXX``, ``CUDA_HOME``,
+PATH, /usr/local/cuda); else there are none, and the build says so. ``PYEXT_CUDA=0`` leaves them out. ``PYEXT_CUDA=1``
+demands them: without nvcc the build fails, and with a CPU build of torch they are compiled as a check, but not linked.
+That is not the default, because it doubles the time of an install that cannot use them: the test-suite compiles them
+wherever it finds nvcc (tests/test_cuda_resources.py).
 """
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,6 +44,30 @@ def find_tool(name: str) -> str:
     if path is None:
         raise CompileError(f"{name} not found: pip install {name}. {HINT}")
     return path
+
+
+def find_nvcc() -> str | None:
+    """Path of the CUDA compiler, or None."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    named = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
+    paths = map(shutil.which, filter(None, [*named, "/usr/local/cuda/bin/nvcc"]))
+    return next(filter(None, paths), None)
+
+
+def cuda_options(torch_root: Path) -> list[str]:
+    """What CMake is told of CUDA; see the top of this file."""
+    wanted, nvcc = os.environ.get("PYEXT_CUDA", ""), find_nvcc()
+    version = re.search(r"^cuda\b.*?= *'([0-9.]+)'", (torch_root / "version.py").read_text(), re.MULTILINE)
+    if wanted not in ("", "0", "1"):
+        raise CompileError(f"PYEXT_CUDA must be 0, 1 or empty, got {wanted}")
+    if wanted == "1" and nvcc is None:
+        raise CompileError("PYEXT_CUDA=1, but there is no nvcc: set CUDA_HOME, or install CUDA >= 12.4")
+    if wanted == "0" or nvcc is None or (version is None and wanted != "1"):
+        why = {"0": "PYEXT_CUDA=0"}.get(wanted) or ("no nvcc" if version else "torch is a CPU build")
+        print(f"pyext: no CUDA kernels: {why}")
+        return ["-DPYEXT_CUDA=OFF"]
+    print(f"pyext: CUDA kernels by {nvcc}, {'linked' if version else 'as a check only: torch is a CPU build'}")
+    return [f"-DPYEXT_CUDA={'LINK' if version else 'CHECK'}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
 
 
 class CMakeBuild(build_ext):
@@ -77,6 +108,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={package_folder('pybind11') / 'share/cmake/pybind11'}",
             f"-DPYEXT_TORCH_ROOT={torch_root}",
             f"-DPYEXT_VERSION={self.distribution.get_version()}",
+            *cuda_options(torch_root),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
 

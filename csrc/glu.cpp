@@ -1,5 +1,5 @@
 // The ops of gated units: schema, checks of invariants, torch tensors -> GluProblem -> the kernels of the active
-// instruction set. Friendly messages come from Python (pyext/ops/glu.py); what is checked here protects memory.
+// instruction set, or of the GPU. Friendly messages come from Python (pyext/ops/glu.py); what is checked here protects memory.
 #include "glu.h"
 
 #include <tuple>
@@ -61,7 +61,7 @@ Strided<Pointer> strided(const Input& strides, Address data, int64_t offset_byte
 }
 
 void check_same(const char* message, const Tensor& a, const Tensor& b, int64_t last) {
-  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type() && b.size(-1) == last;
+  bool same = a.dim() == b.dim() && a.scalar_type() == b.scalar_type() && same_device(a, b) && b.size(-1) == last;
   for (int64_t d = 0; same && d + 1 < a.dim(); ++d) same = a.size(d) == b.size(d);
   STD_TORCH_CHECK(same, message);
 }
@@ -122,7 +122,9 @@ Tensor glu_forward(const Tensor& gate, const MaybeTensor& up, int64_t activation
   Call call(gate, up, nullptr, activation, gate_first, interleaved);
   Tensor out = fresh(gate, call.problem.width);
   call.bind({out});
-  kernels().glu_forward(call.problem, parallel());
+  run_on_device(
+      gate, [&] { kernels().glu_forward(call.problem, parallel()); },
+      [&](auto stream) { return pyext_cuda_glu_forward(call.problem, stream); });
   return out;
 }
 
@@ -132,7 +134,9 @@ std::tuple<Tensor, Tensor> glu_backward(const Tensor& grad, const Tensor& gate, 
   Tensor grad_gate = fresh(gate, gate.size(-1));
   Tensor grad_up = up ? fresh(*up, up->size(-1)) : empty(gate, {0}, gate.scalar_type());
   call.bind(up ? std::vector<Tensor>{grad_gate, grad_up} : std::vector<Tensor>{grad_gate});
-  kernels().glu_backward(call.problem, parallel());
+  run_on_device(
+      gate, [&] { kernels().glu_backward(call.problem, parallel()); },
+      [&](auto stream) { return pyext_cuda_glu_backward(call.problem, stream); });
   return {grad_gate, grad_up};
 }
 
@@ -149,5 +153,12 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("glu_forward", TORCH_BOX(&glu_forward));
   m.impl("glu_backward", TORCH_BOX(&glu_backward));
 }
+
+#if defined(PYEXT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pyext, CUDA, m) {
+  m.impl("glu_forward", TORCH_BOX(&glu_forward));
+  m.impl("glu_backward", TORCH_BOX(&glu_backward));
+}
+#endif
 
 }  // namespace pyext

@@ -1,4 +1,4 @@
-// Gated units, out = act(gate) * up, as the CPU kernels receive them: pointers, sizes, strides. No torch headers here.
+// Gated units, out = act(gate) * up, as the kernels receive them: pointers, sizes, strides. No torch headers here.
 #pragma once
 #include "strided.h"
 
@@ -23,3 +23,7 @@ struct GluProblem {
 };
 
 }  // namespace pyext
+
+// csrc/cuda/glu.cu; stream is a cudaStream_t. They return a cudaError_t: 0 if the launch succeeded.
+extern "C" int pyext_cuda_glu_forward(const pyext::GluProblem&, void* stream);
+extern "C" int pyext_cuda_glu_backward(const pyext::GluProblem&, void* stream);

@@ -1,5 +1,5 @@
 // The rotary op: schema, checks of invariants, torch tensors -> RotaryProblem -> the kernels of the active instruction
-// set. Friendly messages come from Python (pyext/ops/rotary.py); what is checked here protects memory.
+// set, or of the GPU. Friendly messages come from Python (pyext/ops/rotary.py); what is checked here protects memory.
 #include "rotary.h"
 
 #include <tuple>
@@ -36,7 +36,8 @@ RotaryProblem problem_of(const Tensor& x, int64_t half, bool interleaved, bool i
   return p;
 }
 
-void add_positions(RotaryProblem& p, const MaybeTensor& positions, int64_t rows) {
+void add_positions(RotaryProblem& p, const Tensor& x, const MaybeTensor& positions, int64_t rows) {
+  p.table_rows = rows;
   if (!positions) {
     STD_TORCH_CHECK(rows >= p.length, "the tables must have a row for every row of x");
     return;
@@ -44,8 +45,10 @@ void add_positions(RotaryProblem& p, const MaybeTensor& positions, int64_t rows)
   STD_TORCH_CHECK(positions->scalar_type() == ScalarType::Long && positions->dim() == 2 &&
                       (positions->size(0) == p.batch || positions->size(0) == 1) && positions->size(1) == p.length,
                   "positions must be int64 (batch or 1, length)");
+  STD_TORCH_CHECK(same_device(*positions, x), "positions must be on x's device");
   p.positions = static_cast<const int64_t*>(positions->const_data_ptr());
   p.positions_batch = positions->size(0) == 1 ? 0 : p.length;
+  if (positions->is_cuda()) return;  // to read them would be to wait for the device: the kernel looks at each
   for (int64_t n = 0; n < positions->numel(); ++n)
     STD_TORCH_CHECK(p.positions[n] >= 0 && p.positions[n] < rows, "positions must lie in [0, rows of the tables)");
 }
@@ -63,17 +66,28 @@ Tensor rotary_forward(const Tensor& x, const Tensor& cos, const Tensor& sin, con
   const int64_t dims = c.dim();
   STD_TORCH_CHECK((dims == 2 || dims == 3) && s.dim() == dims && c.scalar_type() == s.scalar_type(),
                   "cos and sin must have the same 2 or 3 dimensions and the same dtype");
+  STD_TORCH_CHECK(same_device(c, input) && same_device(s, input), "cos and sin must be on x's device");
   for (int64_t d = 0; d < dims; ++d) STD_TORCH_CHECK(c.size(d) == s.size(d), "cos and sin must have the same shape");
   RotaryProblem p = problem_of(input, c.size(-1), interleaved, inverse);
   STD_TORCH_CHECK(dims == 2 || c.size(0) == 1 || c.size(0) == p.batch, "cos must have x's batch size, or 1");
   const MaybeTensor rows = contiguous(positions);
-  add_positions(p, rows, c.size(dims - 2));
+  add_positions(p, input, rows, c.size(dims - 2));
   p.cos = table(c), p.sin = table(s), p.table_dtype = dtype_of(c);
   Tensor out = empty_in_order_of(x);
   use_huge_pages(out);
   p.out = view<Output>(out);
-  kernels().rotary_forward(p, parallel());
+  run_on_device(
+      input, [&] { kernels().rotary_forward(p, parallel()); },
+      [&](auto stream) { return pyext_cuda_rotary_forward(p, stream); });
   return out;
+}
+
+// torch.sort(t, stable=True) along the last dimension: values and indices.
+std::tuple<Tensor, Tensor> sort(const Tensor& t) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  StableIValue stack[] = {from(t), from(std::optional<bool>(true)), from(int64_t{-1}), from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad, const Tensor& x, const MaybeTensor& positions,
@@ -82,18 +96,27 @@ std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad, const Tensor& x, 
   Tensor input = readable(x), upstream = readable(grad);
   RotaryProblem p = problem_of(input, half, interleaved, inverse);
   STD_TORCH_CHECK(upstream.dim() == 4 && upstream.scalar_type() == input.scalar_type() && upstream.size(0) == p.batch &&
-                      upstream.size(1) == p.heads && upstream.size(2) == p.length && upstream.size(3) == p.head_dim,
+                      upstream.size(1) == p.heads && upstream.size(2) == p.length && upstream.size(3) == p.head_dim &&
+                      same_device(upstream, input),
                   "grad must match x");
   STD_TORCH_CHECK((table_batch == 1 || table_batch == p.batch) && table_rows >= 0,
                   "the tables must have x's batch size, or 1");
   const MaybeTensor rows = contiguous(positions);
-  add_positions(p, rows, table_rows);
+  add_positions(p, input, rows, table_rows);
   p.grad = view<Input>(upstream);
-  p.table_batch = table_batch, p.table_rows = table_rows;
+  p.table_batch = table_batch;
   Tensor grad_cos = empty(input, {table_batch, table_rows, half}, accumulator(input));
   Tensor grad_sin = empty(input, {table_batch, table_rows, half}, accumulator(input));
   p.grad_cos = grad_cos.mutable_data_ptr(), p.grad_sin = grad_sin.mutable_data_ptr();
-  kernels().rotary_backward(p, parallel());
+  std::tuple<Tensor, Tensor> tokens;
+  if (input.is_cuda() && rows) {
+    tokens = sort(table_batch == 1 ? torch::stable::flatten(*rows, 0, 1) : *rows);
+    p.sorted = static_cast<const int64_t*>(std::get<0>(tokens).const_data_ptr());
+    p.order = static_cast<const int64_t*>(std::get<1>(tokens).const_data_ptr());
+  }
+  run_on_device(
+      input, [&] { kernels().rotary_backward(p, parallel()); },
+      [&](auto stream) { return pyext_cuda_rotary_backward(p, stream); });
   return {grad_cos, grad_sin};
 }
 
@@ -111,5 +134,12 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("rotary_forward", TORCH_BOX(&rotary_forward));
   m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
 }
+
+#if defined(PYEXT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pyext, CUDA, m) {
+  m.impl("rotary_forward", TORCH_BOX(&rotary_forward));
+  m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
+}
+#endif
 
 }  // namespace pyext

@@ -4,6 +4,11 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(PYEXT_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -66,12 +71,16 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 // time is most of the time of an op that only streams.
 inline void use_huge_pages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__)
+  if (!t.is_cpu()) return;
   constexpr uintptr_t page = uintptr_t{2} << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t end = (begin + uintptr_t(t.numel()) * uintptr_t(t.element_size())) / page * page;
   const uintptr_t first = (begin + page - 1) / page * page;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
+}
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 inline ScalarType accumulator(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -95,6 +104,24 @@ inline const KernelTable& kernels() {
   const KernelTable* table = active_kernels();
   STD_TORCH_CHECK(table, "this processor has none of the instruction sets that the kernels were built for");
   return *table;
+}
+
+// Runs cpu(), or cuda(stream) where x is on a GPU: on its current stream, the one that CUDA graphs record. The latter is
+// a generic lambda, because a build without CUDA never instantiates it and so needs no launcher.
+template <class Cpu, class Cuda>
+void run_on_device(const Tensor& x, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
+#if defined(PYEXT_CUDA)
+  if (x.is_cuda()) {
+    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "the CUDA kernels take float32, bfloat16 and float16");
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    const int error = cuda(stream);
+    STD_TORCH_CHECK(error == 0, "a CUDA kernel did not start: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+    return;
+  }
+#endif
+  cpu();
 }
 
 }  // namespace pyext

@@ -1,0 +1,199 @@
+"""Seeded defects of csrc/cuda/rotary.cu and glu.cu: the sources with one line changed, and the runs that look for it.
+
+A copy is cut down to fp16 and two activations, to compile in a second or two. SMALL_GRIDS is no defect: with grids of
+a few blocks, the kernels must go round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import pyext
+from support import rotary
+from support.rotary import Case
+from support.tolerance import assert_close_to_reference
+
+from .build import OUT, ROOT, Kernel
+from .ops import instead_of_cpu
+from .runtime import SCHEDULES, Found
+
+RUNS = [dict(schedule=schedule, preempt=preempt) for schedule, preempt in itertools.product(SCHEDULES, (0, 20))]
+DTYPE = torch.float16
+SMALL_GRIDS = (("(int64_t(1) << 31) - 1", "3"), ("65535", "2"))
+
+
+def source(stem: str, *changes: tuple[str, str]) -> Kernel:
+    """csrc/cuda/<stem>.cu with vector.h in it, in fp16 for two activations, with each text replaced by another."""
+    folder = ROOT / "csrc" / "cuda"
+    text = (folder / f"{stem}.cu").read_text().replace('#include "vector.h"', (folder / "vector.h").read_text())
+    for other in ("float", "bf16"):
+        text = _replaced(text, f"return of_type({other}());", "return cudaErrorInvalidValue;")
+    if stem == "glu":
+        for other in ("geglu_tanh", "reglu"):
+            text = _replaced(text, f"return f(std::integral_constant<Activation, Activation::{other}>());", "break;")
+    for old, new in changes:
+        text = _replaced(text, old, new)
+    path = OUT / "sources" / f"{stem}_{zlib.crc32(repr(changes).encode()):08x}.cu"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+    return Kernel(str(path.relative_to(ROOT)))
+
+
+def _replaced(text: str, old: str, new: str) -> str:
+    if text.count(old) != 1:
+        raise ValueError(f"{old!r} stands {text.count(old)} times in the source, expected once")
+    return text.replace(old, new)
+
+
+# --- What the sources are run on ---
+
+
+ROTARY = (
+    Case(h=9, d=48, r=32),  # vectors, features that are copied, a number of heads that no group divides
+    Case(h=5, d=48, r=32, positions="batch"),
+    Case(d=48, r=32, tables="batch", positions="batch", interleaved=True, inverse=True),
+    Case(b=1, h=2, n=3, d=134, r=132, positions="row"),  # single elements, more pairs than a block has columns
+    Case(d=48, r=32, layout="padded_rows", grad_layout="padded_rows"),  # rows that are not aligned
+)
+
+
+def _normal(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{shape}".encode()))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+#: (gate, up, options) of a seed.
+GLU: dict[str, Callable[[int], tuple[torch.Tensor, torch.Tensor | None, dict]]] = {
+    "halves": lambda seed: (_normal(seed, 5, 7, 80), None, {}),
+    "halves, up first": lambda seed: (_normal(seed, 9, 66), None, dict(gate_first=False)),
+    "neighbours": lambda seed: (_normal(seed, 9, 48), None, dict(interleaved=True)),
+    "neighbours, up first": lambda seed: (_normal(seed, 3, 45)[:, :42], None, dict(interleaved=True, gate_first=False)),
+    "one long row": lambda seed: (_normal(seed, 7, 33), _normal(seed + 1, 7, 33), {}),
+    "rows with an end": lambda seed: (_normal(seed, 7, 40)[:, :33], _normal(seed + 1, 7, 40)[:, :33], {}),
+    "unaligned": lambda seed: (_normal(seed, 7, 40)[:, 1:], _normal(seed + 1, 7, 40)[:, :39], {}),
+    "three dimensions": lambda seed: (
+        _normal(seed, 3, 5, 4, 16).transpose(1, 2),
+        _normal(seed + 1, 3, 4, 5, 16),
+        {},
+    ),
+}
+
+
+def _with_gradients(op, impl: str, inputs: list[torch.Tensor], options: dict, seed: int) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = op(*leaves, impl=impl, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, _normal(seed + 2, *out.shape).to(out.dtype))]
+
+
+def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype, at the same place of a storage of the same shape: a conversion would close the gaps."""
+    storage = torch.as_strided(x, (x.untyped_storage().nbytes() // 8,), (1,), 0).to(dtype)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def check_glu(op, probe: str, dtype: torch.dtype, seed: int) -> None:
+    """out and gradients of an op against the fp64 reference, by the tolerance rule."""
+    gate, up, options = GLU[probe](seed)
+    inputs = [_as(x, dtype) for x in (gate, up) if x is not None]
+    got = _with_gradients(op, "cpu", inputs, options, seed)
+    exact = _with_gradients(op, "reference", [x.double() for x in inputs], options, seed)
+    plain = _with_gradients(op, "reference", inputs, options, seed)
+    for name, *three in zip(("out", "grad gate", "grad up"), got, exact, plain):
+        assert_close_to_reference(*three, name=f"{name} of {probe}")
+
+
+def check(stem: str, dtype: torch.dtype, seed: int) -> None:
+    """Every call of an op above."""
+    if stem == "rotary":
+        for case in ROTARY:
+            rotary.check(case, dtype, "cpu", seed)
+        return
+    for probe in GLU:
+        for op in (pyext.geglu, pyext.swiglu):
+            check_glu(op, probe, dtype, seed)
+
+
+# --- The defects ---
+
+
+@dataclass(frozen=True)
+class Mutant:
+    stem: str
+    title: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.stem}: {self.title}".replace(" ", "-")
+
+    @property
+    def kernel(self) -> Kernel:
+        return source(self.stem, (self.old, self.new), *SMALL_GRIDS)
+
+    def outcomes(self, seed: int = 1) -> Iterator[str]:
+        """One word per run: "missed", "values" (a wrong result), or what the emulator said."""
+        for i, run in enumerate(RUNS):
+            try:
+                with instead_of_cpu({self.stem: self.kernel}, seed=seed + i, **run):
+                    check(self.stem, DTYPE, seed)
+                yield "missed"
+            except Found as found:
+                yield str(found)
+            except AssertionError:
+                yield "values"
+
+
+MUTANTS = [
+    Mutant("rotary", "token past the end", "if (token >= p.length) return;", ""),
+    Mutant("rotary", "head past the end is read", "if (head + i < heads) pairs", "pairs"),
+    Mutant("rotary", "head past the end is written", "if (head + i >= heads) break;", ""),
+    Mutant(
+        "rotary",
+        "an end of the row is not copied",
+        "chunks = turned + (p.head_dim - 2 * p.half) / N;",
+        "chunks = turned;",
+    ),
+    Mutant(
+        "rotary",
+        "vectors whatever the strides",
+        "has_whole_vectors(p) && has_aligned_rows(p.dtype, p.x, p.out) &&",
+        "has_whole_vectors(p) &&",
+    ),
+    Mutant(
+        "rotary",
+        "heads beyond the grid left out",
+        "head < p.heads; head += int64_t(gridDim.y) * kHeads",
+        "head < p.heads; head += p.heads",
+    ),
+    Mutant("rotary", "no barrier before the parts are summed", "__syncthreads();\n      for", "for"),
+    Mutant("rotary", "no barrier before the parts are overwritten", "__syncthreads();  // before", "// before"),
+    Mutant("rotary", "the last part is not summed", "s < slots; ++s", "s < slots - 1; ++s"),
+    Mutant("rotary", "too little shared memory", "size_t(x) * y * z * 2 * N", "size_t(x) * y * z * N"),
+    Mutant("rotary", "search off by one", "< row + i) range", "<= row + i) range"),
+    Mutant("rotary", "search past the end", "range[i] + step <= size && sorted", "sorted"),
+    Mutant(
+        "rotary", "row of the wrong batch entry", "batch = token / p.length, token -= batch * p.length;", "batch = 0;"
+    ),
+    Mutant("glu", "row overrun by a vector", "if (column + N <= p.width)", "if (column < p.width)"),
+    Mutant("glu", "the end of a row left out", "last < p.width; ++last", "last < p.width - 1; ++last"),
+    Mutant("glu", "rows joined across gaps", "tensors.row == width", "tensors.row >= width"),
+    Mutant(
+        "glu",
+        "vectors whatever the strides",
+        "vectors = has_aligned_rows(p.dtype,",
+        "vectors = true || has_aligned_rows(p.dtype,",
+    ),
+    Mutant("glu", "heads beyond the grid left out", "z += gridDim.z", "z += p.batch * p.heads"),
+    Mutant(
+        "glu", "neighbours swapped in the gradient", "first[j] = swapped ? grad_up : grad_gate", "first[j] = grad_gate"
+    ),
+    Mutant(
+        "glu", "two threads on one vector", "* blockDim.x + threadIdx.x) * N;", "* blockDim.x + threadIdx.x / 2) * N;"
+    ),
+]

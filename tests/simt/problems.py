@@ -1,0 +1,44 @@
+"""The problem structs of csrc/<op>.h for ctypes, made of torch tensors as csrc/<op>.cpp makes them."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # DType of csrc/strided.h
+Size, Pointer, Flag, Enum = ctypes.c_int64, ctypes.c_void_p, ctypes.c_bool, ctypes.c_int
+
+
+class Strided(ctypes.Structure):
+    _fields_ = [("data", Pointer), ("batch", Size), ("head", Size), ("row", Size)]
+
+
+class RotaryProblem(ctypes.Structure):
+    _fields_ = [
+        ("dtype", Enum),
+        *((name, Size) for name in ("batch", "heads", "length", "head_dim", "half")),
+        *((name, Flag) for name in ("interleaved", "inverse")),
+        ("positions", Pointer),
+        *((name, Size) for name in ("positions_batch", "table_rows")),
+        *((name, Strided) for name in ("x", "out", "cos", "sin")),
+        ("table_dtype", Enum),
+        ("grad", Strided),
+        ("table_batch", Size),
+        *((name, Pointer) for name in ("grad_cos", "grad_sin", "sorted", "order")),
+    ]
+
+
+class GluProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, Enum) for name in ("dtype", "activation")),
+        *((name, Size) for name in ("batch", "heads", "rows", "width")),
+        *((name, Flag) for name in ("interleaved", "up_first")),
+        *((name, Strided) for name in ("gate", "up", "out", "grad", "grad_gate", "grad_up")),
+    ]
+
+
+def view(tensor: torch.Tensor, feature: int = 0) -> Strided:
+    """A (batch, head, row, feature) tensor from this feature on; dimensions of size 1 broadcast."""
+    strides = (0 if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride()))
+    return Strided(tensor.data_ptr() + feature * tensor.element_size(), *strides)

@@ -11,8 +11,9 @@
 namespace pyext {
 namespace {
 
-// Steps of one sum, in packed elements: so much of a panel stays in L1, and longer sums are sums of such sums.
-constexpr int64_t kDepth = 256;
+// Steps of one sum, in packed elements: so much of a panel stays in L1, and longer sums are sums of such sums, which
+// lose fewer bits. 256 gain nothing, 96 lose 2 %.
+constexpr int64_t kDepth = 128;
 // Rows of a task: their pre-activations stay in L2 together with a panel of weights.
 constexpr int64_t kBlockTiles = 8;
 

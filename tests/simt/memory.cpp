@@ -326,36 +326,28 @@ const char* simt_error() { return simt::machine.error.c_str(); }
 
 // --- Called by code compiled with -fsanitize=thread,alignment ---
 
-#define SIMT_HOOK(name, kind)                                                      \
-  void name(void* address, size_t bytes) {                                         \
+#define SIMT_HOOK(name, bytes, kind)                                               \
+  void __tsan_##name##bytes(void* address) {                                       \
     simt::access(address, bytes, simt::Access::kind, __builtin_return_address(0)); \
   }
-#define SIMT_HOOKS(bytes)                                                           \
-  void __tsan_read##bytes(void* address) {                                          \
-    simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));  \
-  }                                                                                 \
-  void __tsan_write##bytes(void* address) {                                         \
-    simt::access(address, bytes, simt::Access::write, __builtin_return_address(0)); \
-  }                                                                                 \
-  void __tsan_unaligned_read##bytes(void* address) {                                \
-    simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));  \
-  }                                                                                 \
-  void __tsan_unaligned_write##bytes(void* address) {                               \
-    simt::access(address, bytes, simt::Access::write, __builtin_return_address(0)); \
-  }                                                                                 \
-  void __tsan_volatile_read##bytes(void* address) {                                 \
-    simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));  \
-  }                                                                                 \
-  void __tsan_volatile_write##bytes(void* address) {                                \
-    simt::access(address, bytes, simt::Access::write, __builtin_return_address(0)); \
-  }
+#define SIMT_HOOKS(bytes)                  \
+  SIMT_HOOK(read, bytes, read)             \
+  SIMT_HOOK(write, bytes, write)           \
+  SIMT_HOOK(unaligned_read, bytes, read)   \
+  SIMT_HOOK(unaligned_write, bytes, write) \
+  SIMT_HOOK(volatile_read, bytes, read)    \
+  SIMT_HOOK(volatile_write, bytes, write)
 SIMT_HOOKS(1)
 SIMT_HOOKS(2)
 SIMT_HOOKS(4)
 SIMT_HOOKS(8)
 SIMT_HOOKS(16)
-SIMT_HOOK(__tsan_read_range, read)
-SIMT_HOOK(__tsan_write_range, write)
+void __tsan_read_range(void* address, size_t bytes) {
+  simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t bytes) {
+  simt::access(address, bytes, simt::Access::write, __builtin_return_address(0));
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

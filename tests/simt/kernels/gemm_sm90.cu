@@ -109,7 +109,7 @@ __device__ void store_sums(const float (&sum)[tile_n / 2], T* out, const ptx::Te
 template <class T, bool transpose_b>
 __device__ void consume(Ring<T> ring, const ptx::TensorMap& map_c, Problem problem) {
   const int group = threadIdx.x / 128 - 1;
-  const bool signals = threadIdx.x % 32 == 0;
+  const bool signals = ptx::elect_one();
   T* out = ring.out + group * out_elements;
   for (int tile = blockIdx.x; tile < problem.tiles(); tile += gridDim.x) {
     const int row = tile / problem.columns() * tile_m + group * 64, column = tile % problem.columns() * tile_n;

@@ -22,7 +22,7 @@ struct Mbarrier {
   uint32_t initialised_at;
   bool init_fenced = false;
 
-  int unit() const { return machine.thread_count + index; }
+  int unit() const { return machine.thread_count + machine.warp_count() + index; }
 };
 std::map<size_t, Mbarrier> mbarriers;  // by offset in shared memory
 
@@ -96,10 +96,7 @@ void start_load(void* shared, size_t bytes, uint64_t* barrier, const void* calle
   machine.asynchronous.push_back([=, &mbarrier] {
     move();
     end_write(shared, bytes, mbarrier.unit(), step);
-    Clock& seen = mbarrier.gathered.seen;
-    const size_t unit_index = static_cast<size_t>(mbarrier.unit());
-    if (seen.size() <= unit_index) seen.resize(unit_index + 1);
-    seen[unit_index] = std::max(seen[unit_index], step);
+    mbarrier.gathered.learn(mbarrier.unit(), step);
     mbarrier.bytes -= static_cast<int64_t>(bytes);
     complete_if_full(mbarrier);
   });
@@ -288,7 +285,9 @@ void tma_store_commit() { self().stores.commit(); }
 void tma_store_wait(int groups) {
   const void* caller = __builtin_return_address(0);
   self().stores.wait(groups, [&](Store& store) {
-    end_read(acting(self(), caller, true), store.from, box_bytes(*store.map));
+    end_read(store.from, box_bytes(*store.map));
+    // It has read until now: what overwrites it must be ordered after this moment, not after the store's start.
+    check_memory(acting(self(), caller, true), store.from, box_bytes(*store.map), Access::read);
     for_each_row(*store.map, store.corner, [&](size_t, char* address, size_t bytes, size_t) {
       if (bytes) check_memory(acting(self(), caller, true), address, bytes, Access::write);
     });

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from . import cases
 from .build import Kernel
@@ -25,7 +25,6 @@ class Defect:
     source: str
     case: str
     title: str
-    arguments: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.number}-{self.title.replace(' ', '-')}"
@@ -71,6 +70,9 @@ DEFECTS = [
     Defect(33, "gemm_sm90", "gemm_sm90", "staging overwritten while TMA reads it"),
     Defect(34, "gemm_sm90", "gemm_sm90", "empty barrier counts one warpgroup of two"),
     Defect(35, "gemm_sm90", "gemm_sm90", "returns with stores under way"),
+    Defect(36, "elementwise", "elementwise", "misaligned vector store"),
+    Defect(37, "elementwise", "elementwise", "one vector too many"),
+    Defect(38, "gemm_sm90", "gemm_sm90", "sums staged without the swizzle"),
 ]
 
 
@@ -79,7 +81,7 @@ def outcomes(defect: Defect, hooks: bool, seed: int = 1) -> Iterator[str]:
     for i, run in enumerate(RUNS):
         with machine(**run, seed=seed + i, hooks=hooks) as gpu:
             try:
-                error = getattr(cases, defect.case)(gpu.load(defect.kernel), gpu, seed, **defect.arguments)
+                error = getattr(cases, defect.case)(gpu.load(defect.kernel), gpu, seed)
                 yield "values" if error > 1 else "missed"
             except Found as found:
                 yield str(found)

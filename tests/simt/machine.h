@@ -31,7 +31,9 @@ struct Options {
   bool hooks = true;  // check every access of instrumented code
 };
 
-// clock[t] = n: everything thread t did up to its step n came before. Ids past the threads are asynchronous units.
+// clock[t] = n: everything thread t did up to its step n came before. Past the threads are asynchronous units: the
+// matrix unit of each warp, whose steps are the wgmma of its warpgroup, then one for each mbarrier that copies report
+// to.
 using Clock = std::vector<uint32_t>;
 void join(Clock& into, const Clock& from);
 
@@ -39,6 +41,10 @@ void join(Clock& into, const Clock& from);
 struct Knowledge {
   Clock seen, fenced;
   void join(const Knowledge& other);
+  void learn(int thread, uint32_t step) {
+    if (static_cast<int>(seen.size()) <= thread) seen.resize(static_cast<size_t>(thread) + 1);
+    seen[thread] = std::max(seen[thread], step);
+  }
   bool knows(int thread, uint32_t step) const { return thread < static_cast<int>(seen.size()) && step <= seen[thread]; }
   bool fences(int thread, uint32_t step) const {
     return thread < static_cast<int>(fenced.size()) && step <= fenced[thread];
@@ -84,10 +90,12 @@ struct Store {
 
 // One wgmma of a warpgroup.
 struct Product {
+  uint32_t number;  // within the warpgroup, from 1
   int n;
   uint64_t a, b;
   bool a_in_registers, accumulate, transpose_a, transpose_b, is_bf16;
-  int arrived = 0;  // threads that have issued it
+  int arrived = 0;       // threads that have issued it
+  bool reading[4] = {};  // warps that have not waited for it
   bool done = false;
   float* d[128];
   uint32_t a_registers[128][4];
@@ -122,6 +130,7 @@ struct Machine {
   uint3 block_index;
   uint32_t block_number;
   int thread_count, live;
+  int warp_count() const { return (thread_count + 31) / 32; }
   bool instrumented;
   void (*body)(const void*);
   const char* parameters;
@@ -202,6 +211,6 @@ Actor acting(Thread& thread, const void* caller, bool asynchronous_proxy = false
 // are not checked.
 void check_memory(const Actor& actor, const void* address, size_t bytes, Access kind, bool lasting = false);
 void end_write(const void* address, size_t bytes, int id, uint32_t step);
-void end_read(const Actor& actor, const void* address, size_t bytes);
+void end_read(const void* address, size_t bytes);
 
 }  // namespace simt

@@ -36,6 +36,8 @@ struct Warpgroup {
 };
 std::vector<Warpgroup> warpgroups;
 
+int unit_of_warp() { return machine.thread_count + self().linear / 32; }
+
 Warpgroup& warpgroup() { return warpgroups[static_cast<size_t>(self().linear / 128)]; }
 
 // A matrix descriptor (PTX: "Matrix descriptor format"): where element (row, k) of a 128-byte-swizzled operand lies.
@@ -53,12 +55,11 @@ size_t element_offset(uint64_t descriptor, int row, int k, bool transpose) {
   return address - base;
 }
 
-// body(address) for what the running thread's warp reads of shared memory: its 16 rows of A, all of B, 16 bytes at a
-// time. One lane does it for its warp.
+// body(address) for what a warp of the warpgroup reads of shared memory: its 16 rows of A, all of B, 16 bytes at a
+// time.
 template <class Body>
-void for_each_operand(const Product& product, Body body) {
-  const Thread& thread = self();
-  if (thread.lane || !machine.checking()) return;
+void for_each_operand(const Product& product, int warp, Body body) {
+  if (!machine.checking()) return;
   const auto visit = [&](uint64_t descriptor, int first, int rows, bool transpose) {
     for (int row = first; row < first + rows; row += transpose ? 8 : 1) {
       for (int k = 0; k < 16; k += transpose ? 1 : 8) {
@@ -66,7 +67,7 @@ void for_each_operand(const Product& product, Body body) {
       }
     }
   };
-  if (!product.a_in_registers) visit(product.a, thread.linear % 128 / 32 * 16, 16, product.transpose_a);
+  if (!product.a_in_registers) visit(product.a, warp * 16, 16, product.transpose_a);
   visit(product.b, 0, product.n, product.transpose_b);
 }
 
@@ -228,14 +229,21 @@ void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b,
   issued.transpose_a = transpose_a;
   issued.transpose_b = transpose_b;
   issued.is_bf16 = is_bf16;
+  issued.number = static_cast<uint32_t>(thread.products_issued) + 1;
   if (thread.products_issued == group.products.size()) group.products.push_back(std::make_unique<Product>(issued));
   Product& product = *group.products[thread.products_issued++];
   if (!same_operands(product, issued)) fail("the threads of a warpgroup issue different wgmma");
   const int own = thread.linear % 128;
   product.d[own] = d;
   if (a_registers) std::copy(a_registers, a_registers + 4, product.a_registers[own]);
-  const Actor actor = acting(thread, caller, true);
-  for_each_operand(product, [&](const char* at) { check_memory(actor, at, 16, Access::read, /*lasting=*/true); });
+  // One lane speaks for its warp, here and at the wait.
+  const int warp = own / 32;
+  if (!product.reading[warp]) {
+    product.reading[warp] = true;
+    const Actor actor{unit_of_warp(), product.number, &thread.knowledge, caller, true};
+    for_each_operand(product, warp,
+                     [&](const char* at) { check_memory(actor, at, 16, Access::read, /*lasting=*/true); });
+  }
   thread.products.open.push_back(&product);
   if (++product.arrived < 128) return;
   for (Thread* waiting : product.waiting) wake(waiting);
@@ -249,7 +257,6 @@ void wgmma_commit() {
 }
 
 void wgmma_wait(int groups) {
-  const void* caller = __builtin_return_address(0);
   converge(Collective::wgmma_wait);
   Thread& thread = self();
   thread.products.wait(groups, [&](Product* product) {
@@ -258,8 +265,10 @@ void wgmma_wait(int groups) {
       block("the other warps of its warpgroup to issue a wgmma");
     }
     if (!product->done) perform_up_to(warpgroup(), product);
-    const Actor actor = acting(thread, caller, true);
-    for_each_operand(*product, [&](const char* at) { end_read(actor, at, 16); });
+    bool& reading = product->reading[thread.linear % 128 / 32];
+    if (reading) for_each_operand(*product, thread.linear % 128 / 32, [](const char* at) { end_read(at, 16); });
+    reading = false;
+    thread.knowledge.learn(unit_of_warp(), product->number);
   });
   if (thread.products.empty()) thread.registers_fenced = false;
 }

@@ -61,10 +61,16 @@ std::string text(const Place& place) { return std::string(place.space) + " byte 
 [[noreturn]] void fail_access(const char* what, const Place& place, const void* caller) {
   fail("%s at %s (%s)", what, text(place).c_str(), source_line(caller).c_str());
 }
+std::string name_of(const Moment& moment) {
+  const int warp = moment.thread - machine.thread_count;
+  const std::string block = "block " + std::to_string(moment.block) + " ";
+  if (warp < 0) return block + "thread " + std::to_string(moment.thread);
+  return warp < machine.warp_count() ? block + "wgmma of warp " + std::to_string(warp) : block + "asynchronous copy";
+}
 [[noreturn]] void fail_race(const char* what, const Place& place, const Actor& actor, const Moment& other,
                             const void* other_caller) {
-  fail("%s at %s (%s), after block %u thread %d (%s)", what, text(place).c_str(), source_line(actor.caller).c_str(),
-       other.block, other.thread, source_line(other_caller).c_str());
+  fail("%s at %s (%s), after %s (%s)", what, text(place).c_str(), source_line(actor.caller).c_str(),
+       name_of(other).c_str(), source_line(other_caller).c_str());
 }
 
 // --- Races ---
@@ -233,12 +239,10 @@ void end_write(const void* address, size_t bytes, int id, uint32_t step) {
   }
 }
 
-// The read is now: what comes after it must be ordered after this moment, not after its start.
-void end_read(const Actor& actor, const void* address, size_t bytes) {
+void end_read(const void* address, size_t bytes) {
   if (!machine.checking()) return;
   const size_t offset = shared_offset(address, bytes);
   for (size_t i = offset; i < offset + bytes; ++i) --shared_shadow.bytes[i].lasting_reads;
-  check_memory(actor, address, bytes, Access::read);
 }
 
 void check_access(const void* address, size_t bytes, Access kind, const void* caller) {
@@ -326,36 +330,28 @@ const char* simt_error() { return simt::machine.error.c_str(); }
 
 // --- Called by code compiled with -fsanitize=thread,alignment ---
 
-#define SIMT_HOOK(name, kind)                                                      \
-  void name(void* address, size_t bytes) {                                         \
+#define SIMT_HOOK(name, bytes, kind)                                               \
+  void __tsan_##name##bytes(void* address) {                                       \
     simt::access(address, bytes, simt::Access::kind, __builtin_return_address(0)); \
   }
-#define SIMT_HOOKS(bytes)                                                           \
-  void __tsan_read##bytes(void* address) {                                          \
-    simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));  \
-  }                                                                                 \
-  void __tsan_write##bytes(void* address) {                                         \
-    simt::access(address, bytes, simt::Access::write, __builtin_return_address(0)); \
-  }                                                                                 \
-  void __tsan_unaligned_read##bytes(void* address) {                                \
-    simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));  \
-  }                                                                                 \
-  void __tsan_unaligned_write##bytes(void* address) {                               \
-    simt::access(address, bytes, simt::Access::write, __builtin_return_address(0)); \
-  }                                                                                 \
-  void __tsan_volatile_read##bytes(void* address) {                                 \
-    simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));  \
-  }                                                                                 \
-  void __tsan_volatile_write##bytes(void* address) {                                \
-    simt::access(address, bytes, simt::Access::write, __builtin_return_address(0)); \
-  }
+#define SIMT_HOOKS(bytes)                  \
+  SIMT_HOOK(read, bytes, read)             \
+  SIMT_HOOK(write, bytes, write)           \
+  SIMT_HOOK(unaligned_read, bytes, read)   \
+  SIMT_HOOK(unaligned_write, bytes, write) \
+  SIMT_HOOK(volatile_read, bytes, read)    \
+  SIMT_HOOK(volatile_write, bytes, write)
 SIMT_HOOKS(1)
 SIMT_HOOKS(2)
 SIMT_HOOKS(4)
 SIMT_HOOKS(8)
 SIMT_HOOKS(16)
-SIMT_HOOK(__tsan_read_range, read)
-SIMT_HOOK(__tsan_write_range, write)
+void __tsan_read_range(void* address, size_t bytes) {
+  simt::access(address, bytes, simt::Access::read, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t bytes) {
+  simt::access(address, bytes, simt::Access::write, __builtin_return_address(0));
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

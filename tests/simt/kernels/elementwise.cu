@@ -1,4 +1,5 @@
 // The smallest kernel by the conventions of csrc/cuda/ptx.h: out = a x + y, 16 bytes at a time.
+#include "defect.h"
 #include "ptx.h"
 
 namespace pyext {
@@ -8,13 +9,14 @@ template <class T>
 __global__ void axpy_kernel(float a, const T* x, const T* y, T* out, int64_t count) {
   constexpr int size = ptx::Vector<T>::size;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * size;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * size; i < count; i += step) {
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * size;
+       i < count + (DEFECT == 37 ? size : 0); i += step) {
     const auto vx = ptx::load_vector(x + i), vy = ptx::load_vector(y + i);
     ptx::Vector<T> result;
     for (int k = 0; k < size; ++k) {
       result.values[k] = ptx::from_float<T>(fmaf(a, ptx::to_float(vx.values[k]), ptx::to_float(vy.values[k])));
     }
-    ptx::store_vector(out + i, result);
+    ptx::store_vector(out + i + (DEFECT == 36), result);
   }
 }
 

@@ -94,7 +94,7 @@ __device__ void store_sums(const float (&sum)[tile_n / 2], T* out, const ptx::Te
   ptx::bar_sync(barrier, 128);
 #pragma unroll
   for (int i = 0; i < tile_n / 2; i += 2) {
-    const int r = warp * 16 + lane / 4 + i % 4 / 2 * 8, chunk = i / 4 ^ r % 8;
+    const int r = warp * 16 + lane / 4 + i % 4 / 2 * 8, chunk = DEFECT == 38 ? i / 4 : i / 4 ^ r % 8;
     *reinterpret_cast<uint32_t*>(out + r * tile_n + chunk * 8 + lane % 4 * 2) = ptx::pack<T>(sum[i], sum[i + 1]);
   }
   if (DEFECT != 31) ptx::fence_proxy_async();
@@ -109,7 +109,7 @@ __device__ void store_sums(const float (&sum)[tile_n / 2], T* out, const ptx::Te
 template <class T, bool transpose_b>
 __device__ void consume(Ring<T> ring, const ptx::TensorMap& map_c, Problem problem) {
   const int group = threadIdx.x / 128 - 1;
-  const bool signals = threadIdx.x % 32 == 0;
+  const bool signals = ptx::elect_one();
   T* out = ring.out + group * out_elements;
   for (int tile = blockIdx.x; tile < problem.tiles(); tile += gridDim.x) {
     const int row = tile / problem.columns() * tile_m + group * 64, column = tile % problem.columns() * tile_n;

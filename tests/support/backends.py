@@ -41,6 +41,11 @@ class Backend:
         return dtype == torch.float64 != self.widest
 
     @property
+    def emulated(self) -> bool:
+        """Whether its launchers are called past csrc/<op>.cpp, by simt.ops."""
+        return self.impl == "cuda" and self.device == "cpu"
+
+    @property
     def operators(self):
         """The namespace of its torch operators."""
         return torch.ops.pyext_triton if self.impl == "triton" else torch.ops.pyext
@@ -52,7 +57,7 @@ class Backend:
             with torch.device(self.device):
                 yield self
             return
-        if self.impl == "cuda":
+        if self.emulated:
             with _emulated():
                 yield self
             return

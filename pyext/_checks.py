@@ -58,16 +58,37 @@ def integer(name: str, value) -> Tensor:
     return value
 
 
-def boolean(name: str, value) -> Tensor:
-    """A bool tensor, or TypeError."""
+def boolean(name: str, value, true: str = "attend") -> Tensor:
+    """A bool tensor, or TypeError, which says what True means."""
     if tensor(name, value).dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor (True = attend), got {value.dtype}")
+        raise TypeError(f"{name} must be a bool tensor (True = {true}), got {value.dtype}")
     return value
 
 
-def same_device(name: str, value: Tensor, device: torch.device) -> None:
+def same_device(name: str, value: Tensor, device: torch.device, like: str = "query") -> None:
     if value.device != device:
-        raise ValueError(f"{name} must be on {device} like query, got {value.device}")
+        raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
+
+
+def same_dtype(name: str, value: Tensor, dtype: torch.dtype, like: str) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype} to match {like}, got {value.dtype}")
+
+
+def one_of(name: str, value, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def generator(value, device: torch.device, like: str = "query") -> None:
+    """The argument `generator`: a source of random numbers on the kind of device where they are used, or None."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
+    if value.device.type != device.type:
+        raise ValueError(f"generator must be on {device} like {like}, got {value.device}")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

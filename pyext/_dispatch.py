@@ -21,6 +21,8 @@ def _cuda(op: str, problem: tuple) -> str | None:
 
 
 def _cpu(op: str, problem: tuple) -> str | None:
+    if "cpu" not in _kernels(op):
+        return f"no CPU kernel in this build for {op}"
     if not _native.available():
         return _native.reason()
     if not problem[0].is_cpu:
@@ -134,9 +136,15 @@ class _Op(NamedTuple):
 _OPS: dict[str, _Op] = {}
 
 
-def register(function: Callable, prepare: Callable, kernels: tuple[str, ...]) -> None:
-    """Make a public op known. `prepare` validates and lowers a call without running it; `kernels` names backends."""
-    _OPS[function.__name__] = _Op(function, prepare, kernels)
+def register(function: Callable, prepare: Callable, kernels: tuple[str, ...], name: str | None = None) -> None:
+    """Make a public op known.
+
+    Args:
+        prepare: validates and lowers a call without running it.
+        kernels: names of backends.
+        name: what follows `pyext.`, if it is more than the function's name.
+    """
+    _OPS[name or function.__name__] = _Op(function, prepare, kernels)
 
 
 def explain(op: Callable | str, *args, **kwargs) -> Explanation:
@@ -153,17 +161,21 @@ def explain(op: Callable | str, *args, **kwargs) -> Explanation:
     Raises:
         what the call itself would raise for bad arguments; ValueError for an unknown op.
     """
-    problem = lower(op, *args, **kwargs)
-    name = op if isinstance(op, str) else op.__name__
-    return Explanation(name, _refusals(name, problem))
+    name = _name(op)
+    return Explanation(name, _refusals(name, lower(name, *args, **kwargs)))
 
 
 def lower(op: Callable | str, *args, **kwargs) -> tuple:
     """The flat problem of a call. See `explain`."""
-    entry = _OPS.get(op if isinstance(op, str) else getattr(op, "__name__", ""))
-    if entry is None or not (isinstance(op, str) or op is entry.function):
-        raise ValueError(f"op must be a pyext op or one of {', '.join(map(repr, _OPS))}, got {op!r}")
+    entry = _OPS[_name(op)]
     call = inspect.signature(entry.function).bind(*args, **kwargs)
     call.apply_defaults()
     check_impl(call.arguments.pop("impl"))
     return entry.prepare(**call.arguments)
+
+
+def _name(op: Callable | str) -> str:
+    for name, entry in _OPS.items():
+        if op is entry.function or op == name:
+            return name
+    raise ValueError(f"op must be a pyext op or one of {', '.join(map(repr, _OPS))}, got {op!r}")

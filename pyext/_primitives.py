@@ -15,6 +15,10 @@ UNBOUNDED = 2**62
 BLOCK = 128
 #: Gated units, act(gate) * up, by their activation: exact GELU, GELU by tanh, SiLU, ReLU. Ops carry the index.
 ACTIVATIONS = ("geglu", "geglu_tanh", "swiglu", "reglu")
+#: Experts of a mixture: gated ones, then with the same activations in the same order those that are not gated.
+EXPERT_ACTIVATIONS = (*ACTIVATIONS, "gelu", "gelu_tanh", "silu", "relu")
+#: How a mixture of experts routes tokens. The op carries the index.
+POLICIES = ("softmax_topk", "topk_softmax", "switch", "gshard", "sigmoid", "expert_choice")
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -176,4 +180,133 @@ class GatedMLPProblem(NamedTuple):
     b_up: Tensor | None = None
     b_down: Tensor | None = None  # (J,)
     activation: int = 0
+    save: bool = False
+
+
+class Routing(NamedTuple):
+    """Which experts compute each token, and with what weights: tensors all, of sizes that do not depend on contents.
+
+    T tokens, E experts, K columns of choices (E for "expert_choice"), N rows: T * K, or fewer where a capacity bounds
+    them. Rows are sorted by expert, then by token: offsets[e] <= n < offsets[e + 1] are those of expert e, and those
+    from offsets[E] on are unused.
+    """
+
+    expert_index: Tensor  # (T, K) int32, -1 = dropped, masked or not chosen
+    weights: Tensor  # (T, K) fp32 (fp64 for fp64 logits), 0 where expert_index is -1
+    offsets: Tensor  # (E + 1,) int32, the first row of each expert, and the number of used rows
+    source: Tensor  # (N,) int32, the token of each row, -1 in unused rows
+    position: Tensor  # (T, K) int32, the row of each choice, -1 where expert_index is -1
+    balance_loss: Tensor  # (), the policy's, without its coefficient
+    z_loss: Tensor  # (), mean over tokens of logsumexp(logits)^2
+    dropped: Tensor  # () int32: choices of unmasked tokens without a row; for "expert_choice" tokens that none chose
+
+
+class RouteProblem(NamedTuple):
+    """Routing by one policy: exactly the arguments of the op `moe_route_forward`, in its order.
+
+    The op returns the eight fields of `Routing`, then `choice` (T, K) int32, the experts chosen before any drop (but -1
+    for masked tokens), and `load` (G, E), the choices that the balance loss counts; its derivative needs them:
+
+    moe_route_backward(Tensor? grad_weights, Tensor? grad_balance, Tensor? grad_z, Tensor logits, Tensor? token_mask,
+        Tensor expert_index, Tensor choice, Tensor load, int policy, bool renormalize) -> Tensor grad_logits
+
+    Jitter is a factor on the logits that the caller applies; random numbers come as tensors. So all backends decide
+    alike.
+    """
+
+    logits: Tensor  # (G, S, E), fp32 | bf16 | fp16 | fp64
+    token_mask: Tensor | None = None  # (G, S) bool, False = padding, which neither routes nor counts
+    expert_bias: Tensor | None = None  # (E,), acc dtype: added to the scores where experts are chosen, not to weights
+    uniform: Tensor | None = None  # (G, S) fp32 in [0, 1): "gshard" keeps the second choice where it is below 2 g2
+    policy: int = 0  # index into POLICIES
+    top_k: int = 1
+    capacity: int = -1  # slots of each expert in each group, or -1 for no limit
+    renormalize: bool = False  # the weights of a token's choices, before any drop, sum to 1
+    batch_priority: bool = False  # tokens claim slots in the order of their largest score, not in their own
+    groups: int = 1  # of experts; a token chooses within the best `top_groups`
+    top_groups: int = 1
+
+
+class DispatchProblem(NamedTuple):
+    """xs[n] = x[source[n]], 0 in unused rows: exactly the arguments of the op `moe_dispatch_forward`.
+
+    Its derivative is `moe_combine_forward(grad, None, position)`, a sum in the order of choices without atomics; hence
+    position.
+    """
+
+    x: Tensor  # (T, H), fp32 | bf16 | fp16 | fp64
+    source: Tensor  # (N,) int32
+    position: Tensor  # (T, K) int32
+
+
+class CombineProblem(NamedTuple):
+    """out[t] = sum_k weights[t, k] ys[position[t, k]]: exactly the arguments of the op `moe_combine_forward`.
+
+    moe_combine_backward(Tensor grad, Tensor ys, Tensor? weights, Tensor position, bool need_ys, bool need_weights)
+        -> (Tensor dys, Tensor dweights)
+    with n = position[t, k]: dys[n] = weights[t, k] grad[t], 0 in unused rows, and dweights[t, k] = <grad[t], ys[n]>
+    """
+
+    ys: Tensor  # (N, J), fp32 | bf16 | fp16 | fp64
+    weights: Tensor | None  # (T, K), acc dtype; None = 1
+    position: Tensor  # (T, K) int32
+
+
+class GroupedLinearProblem(NamedTuple):
+    """out[n] = xs[n] w[e]^T + bias[e] for the rows n of expert e, 0 in unused rows: `moe_grouped_linear_forward`.
+
+    moe_grouped_linear_backward(Tensor grad, Tensor xs, Tensor w, Tensor offsets, bool need_xs, bool need_w,
+        bool need_bias) -> (Tensor dxs, Tensor dw, Tensor dbias)   (shape (0,) for what is not needed)
+    """
+
+    xs: Tensor  # (N, I), fp32 | bf16 | fp16 | fp64, as w and bias
+    w: Tensor  # (E, O, I)
+    bias: Tensor | None  # (E, O)
+    offsets: Tensor  # (E + 1,) int32
+
+
+class ExpertsProblem(NamedTuple):
+    """ys[n] = act(xs[n] w_gate_up[e]^T + b_gate_up[e]) w_down[e]^T + b_down[e]: the op `moe_experts_forward`.
+
+    It returns (ys, pre); pre (N, 2I), gate columns first, or (N, I) for experts that are not gated, holds the
+    pre-activations, and has shape (0,) without `save`.
+
+    moe_experts_backward(Tensor grad, Tensor xs, Tensor pre, Tensor w_gate_up, Tensor w_down, Tensor offsets,
+        int activation, bool need_xs, bool need_gate_up, bool need_down, bool need_b_gate_up, bool need_b_down)
+        -> (dxs, dw_gate_up, dw_down, db_gate_up, db_down)   (shape (0,) for what is not needed)
+    """
+
+    xs: Tensor  # (N, H), fp32 | bf16 | fp16 | fp64, as weights and biases
+    w_gate_up: Tensor  # (E, 2I, H), the rows of the gate first; (E, I, H) for experts that are not gated
+    w_down: Tensor  # (E, J, I)
+    b_gate_up: Tensor | None  # (E, 2I) or (E, I)
+    b_down: Tensor | None  # (E, J)
+    offsets: Tensor  # (E + 1,) int32
+    activation: int  # index into EXPERT_ACTIVATIONS
+    save: bool = False
+
+
+class MoEProblem(NamedTuple):
+    """combine(experts(dispatch(x))) without permuted copies: exactly the arguments of the op `moe_forward`.
+
+    It returns (out, pre) with pre as in `ExpertsProblem`. Autograd keeps x, pre and the routing, but no output of an
+    expert: with A = act(pre) computed again and A' = grad[source] w_down[e], the gradient of a weight is
+    <A', A> + <grad[t], b_down[e]>, and that of pre starts from weights[t, k] A'.
+
+    moe_backward(Tensor grad, Tensor x, Tensor pre, Tensor w_gate_up, Tensor w_down, Tensor? b_down, Tensor weights,
+        Tensor offsets, Tensor source, Tensor position, int activation, bool need_x, bool need_gate_up, bool need_down,
+        bool need_b_gate_up, bool need_b_down, bool need_weights)
+        -> (dx, dw_gate_up, dw_down, db_gate_up, db_down, dweights)   (shape (0,) for what is not needed)
+    """
+
+    x: Tensor  # (T, H), fp32 | bf16 | fp16 | fp64, as experts' weights and biases
+    w_gate_up: Tensor
+    w_down: Tensor
+    b_gate_up: Tensor | None
+    b_down: Tensor | None
+    weights: Tensor  # (T, K), acc dtype
+    offsets: Tensor
+    source: Tensor
+    position: Tensor
+    activation: int
     save: bool = False

@@ -23,6 +23,15 @@ struct PairedRows {
   INLINE const char* operator[](int64_t r) const { return r < width ? gate[r] : up[r - width]; }
 };
 
+// The part of a panel, or of the next one, that comes after what is being multiplied: asked for a few lines at a time.
+struct Ahead {
+  const char* next;
+  int64_t lines;  // per chunk of steps
+  INLINE void ask() {
+    for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+};
+
 template <class T>
 struct Chunks {
   T* base;
@@ -30,10 +39,12 @@ struct Chunks {
   INLINE T* at(int64_t row, int64_t k) const { return base + k / kPanel<T> * stride + row * kPanel<T> + k % kPanel<T>; }
   // tile += rows [row, row + kRows), elements [k, k + steps) times a panel that starts at k; k is a multiple of kPanel.
   template <class C>
-  INLINE void multiply(Tile<C>& tile, int64_t row, int64_t k, int64_t steps, const T* panel) const {
+  INLINE void multiply(Tile<C>& tile, int64_t row, int64_t k, int64_t steps, const T* panel, Ahead& ahead) const {
     const T* from = at(row, k);
-    for (; steps > 0; steps -= kPanel<T>, from += stride, panel += kPanel<T> * kPanel<T>)
+    for (; steps > 0; steps -= kPanel<T>, from += stride, panel += kPanel<T> * kPanel<T>) {
+      ahead.ask();
       tile.template multiply<kPanel<T>, 1>(min_of<int64_t>(steps, kPanel<T>), from, panel);
+    }
   }
 };
 // The transpose of one chunk: its columns are the rows.
@@ -41,24 +52,41 @@ template <class T>
 struct Transposed {
   const T* base;
   template <class C>
-  INLINE void multiply(Tile<C>& tile, int64_t row, int64_t k, int64_t steps, const T* panel) const {
-    tile.template multiply<1, kPanel<T>>(steps, base + k * kPanel<T> + row, panel);
+  INLINE void multiply(Tile<C>& tile, int64_t row, int64_t k, int64_t steps, const T* panel, Ahead& ahead) const {
+    constexpr int64_t chunk = kPanel<T> * kPanel<T>;
+    const T* from = base + k * kPanel<T> + row;
+    for (; steps > 0; steps -= kPanel<T>, from += chunk, panel += chunk) {
+      ahead.ask();
+      tile.template multiply<1, kPanel<T>>(min_of<int64_t>(steps, kPanel<T>), from, panel);
+    }
   }
 };
 
-// Runs finish(row, tile) for the tiles of rows [0, rows) of left * panel; sums holds rows * kPanel elements.
+// A right operand: panels of kPanel columns, `stride` elements apart.
+template <class T>
+struct Panels {
+  T* base;
+  int64_t stride;
+  INLINE T* operator[](int64_t n) const { return base + n * stride; }
+};
+
+// Runs finish(row, tile) for the tiles of rows [0, rows) of left * panels[n]; sums holds rows * kPanel elements.
 template <class C, class Left, class Finish>
-INLINE void multiply_panel(const Left& left, int64_t rows, int64_t depth, const typename C::T* panel,
-                           typename C::T* sums, const Finish& finish) {
+INLINE void multiply_panel(const Left& left, int64_t rows, int64_t depth, const Panels<typename C::T>& panels,
+                           int64_t n, typename C::T* sums, const Finish& finish) {
   using T = typename C::T;
+  const T* panel = panels[n];
+  const int64_t lines =
+      ceil_div(kPanel<T> * kPanel<T> * int64_t(sizeof(T)) / 64, max_of<int64_t>(1, ceil_div(rows, kRows)));
   int64_t k = 0;
   do {
     const int64_t steps = min_of(kDepth, depth - k);
     const bool last = k + steps >= depth;
+    Ahead ahead{(const char*)(last ? panels[n + 1] : panel + (k + steps) * kPanel<T>), lines};
     for (int64_t row = 0; row < rows; row += kRows) {
       Tile<C> tile;
       tile.zero();
-      left.template multiply<C>(tile, row, k, steps, panel + k * kPanel<T>);
+      left.template multiply<C>(tile, row, k, steps, panel + k * kPanel<T>, ahead);
       T* sum = sums + row * kPanel<T>;
       UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < kVectors; ++j) {
         T* at = sum + i * kPanel<T> + j * kWidth<T>;

@@ -40,3 +40,26 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 def power_of_two(size: int, least: int, most: int) -> int:
     """The smallest power of two that is at least `size`, within [least, most]."""
     return min(max(triton.next_power_of_2(max(size, 1)), least), most)
+
+
+def leading(tensors: list[Tensor]) -> tuple[list[int], list[list[int]]] | None:
+    """The leading dimensions of tensors that agree in them, as three: their sizes, and the strides of each tensor.
+
+    Each is merged from neighbours that every tensor steps through evenly; the last is the longest. None where that
+    takes more than three.
+    """
+    sizes, strides = [], [[] for _ in tensors]
+    for d in reversed(range(tensors[0].dim() - 1)):
+        count = tensors[0].shape[d]
+        if count == 1:
+            continue
+        if sizes and all(t.stride(d) == sizes[0] * s[0] for t, s in zip(tensors, strides, strict=True)):
+            sizes[0] *= count
+            continue
+        sizes.insert(0, count)
+        for t, s in zip(tensors, strides, strict=True):
+            s.insert(0, t.stride(d))
+    missing = 3 - len(sizes)
+    if missing < 0:
+        return None
+    return [1] * missing + sizes, [[0] * missing + s for s in strides]

@@ -29,9 +29,11 @@ LEAST_PAIRS, MOST_PAIRS = 16, 128
 def _table_rows(positions, stride, b, token, inside, rows):
     """The row of the tables for each token, and whether it exists. # [TOKENS]"""
     if positions is None:
-        return token, inside
-    row = tl.load(positions + b * stride + token, mask=inside, other=0)
-    return row, inside & (row >= 0) & (row < rows)
+        row, known = token, inside
+    else:
+        row = tl.load(positions + b * stride + token, mask=inside, other=0)
+        known = inside & (row >= 0) & (row < rows)
+    return row, known
 
 
 @triton.jit

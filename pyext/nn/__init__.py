@@ -1,6 +1,7 @@
 """Modules: what models are built with."""
 
 from .deberta import DisentangledAttention as DisentangledAttention
+from .moe import MoE as MoE
 from .multihead import MultiheadAttention as MultiheadAttention
 from .positions import ALiBi as ALiBi
 from .positions import T5Bias as T5Bias

@@ -336,11 +336,7 @@ def _check_options(return_lse, generator, deterministic, problem: AttentionProbl
     """The arguments that are no part of the mathematics."""
     _checks.flag("return_lse", return_lse)
     _checks.flag("deterministic", deterministic)
-    if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        if generator.device.type != problem.query.device.type:
-            raise ValueError(f"generator must be on {problem.query.device} like query, got {generator.device}")
+    _checks.generator(generator, problem.query.device)
 
 
 def _check_packed(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:

@@ -99,18 +99,16 @@ def _prepare_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation) -> G
 
 def _check(named: dict[str, Tensor | None], activation) -> tuple:
     """The tensors after autocast, x as (M, K), and then N."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    _checks.one_of("activation", activation, ACTIVATIONS)
     for name, value in named.items():
         if value is not None or name in ("x", "w_gate", "w_down"):
             _checks.floating(name, value)
     named = dict(zip(named, _checks.autocast(*named.values()), strict=True))
     x, w_gate, w_up = named["x"], named["w_gate"], named["w_up"]
     for name, value in named.items():
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{name} must have dtype {x.dtype} to match x, got {value.dtype}")
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+        if value is not None:
+            _checks.same_dtype(name, value, x.dtype, "x")
+            _checks.same_device(name, value, x.device, "x")
     if x.dim() == 0:
         raise _checks.shape_error("x", "(..., K)", "", x)
     features = x.shape[-1]
@@ -224,11 +222,11 @@ def _wanted(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list[Tensor 
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-_dispatch.register(gated_linear, _prepare_linear, ("cpu",))
-_dispatch.register(gated_mlp, _prepare_mlp, ("cpu",))
+_dispatch.register(gated_linear, _prepare_linear, ("cpu", "triton"))
+_dispatch.register(gated_mlp, _prepare_mlp, ("cpu", "triton"))
 if _native.module() is not None:
     _no_derivative = _register.once_differentiable("gated_linear, gated_mlp")
-    _register.register("gated_linear_forward", _linear_fake, _GatedLinear.apply)
-    _register.register("gated_linear_backward", _linear_backward_fake, _no_derivative)
-    _register.register("gated_mlp_forward", _mlp_fake, _GatedMLP.apply)
-    _register.register("gated_mlp_backward", _mlp_backward_fake, _no_derivative)
+    _register.register("gated_linear_forward", _linear_fake, _GatedLinear.apply, "gated_linear")
+    _register.register("gated_linear_backward", _linear_backward_fake, _no_derivative, "gated_linear")
+    _register.register("gated_mlp_forward", _mlp_fake, _GatedMLP.apply, "gated_linear")
+    _register.register("gated_mlp_backward", _mlp_backward_fake, _no_derivative, "gated_linear")

@@ -7,7 +7,10 @@ compiled with the sanitizer's access hooks, which libsimt.so answers. Only what 
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +64,14 @@ def _rules(kernels: Iterable[Kernel]) -> str:
     return "".join(lines)
 
 
+def _ninja() -> str:
+    """Looks beside this Python first, where pip puts it and where PATH need not lead."""
+    path = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if path is None:
+        raise RuntimeError("ninja not found: pip install ninja")
+    return path
+
+
 def build(kernels: Iterable[Kernel]) -> None:
     """Compiles what is missing or older than its source. Several processes may ask at once."""
     kernels = sorted(set(kernels), key=lambda kernel: kernel.name)
@@ -69,6 +80,18 @@ def build(kernels: Iterable[Kernel]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rules = OUT / "build.ninja"
         rules.write_text(_rules(kernels))
-        made = subprocess.run(["ninja", "-f", str(rules), "-C", str(OUT)], capture_output=True, text=True)
+        command = [_ninja(), "-f", str(rules), "-C", str(OUT), "-j", str(os.cpu_count())]
+        made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(f"the emulated kernels do not compile:\n{made.stdout}{made.stderr}")
+
+
+def nvcc(source: Path, arch: str, output: Path, *options: str) -> str:
+    """Compiles a kernel source for one GPU architecture ("90a"); the assembler's report on registers and spills."""
+    includes = [f"-I{folder}" for folder in (HERE, ROOT / "csrc" / "cuda", ROOT / "csrc")]
+    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", code, "-Xptxas", "-v", *includes, *options]
+    made = subprocess.run([*command, str(source), "-o", str(output)], capture_output=True, text=True)
+    if made.returncode:
+        raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{made.stdout}{made.stderr}")
+    return made.stderr

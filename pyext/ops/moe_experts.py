@@ -1,0 +1,273 @@
+"""`moe.dispatch`, `grouped_linear`, `experts`, `combine`, `forward`: validate, lower, choose a backend, call it."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _dispatch
+from .._primitives import (
+    ACTIVATIONS,
+    EXPERT_ACTIVATIONS,
+    CombineProblem,
+    DispatchProblem,
+    ExpertsProblem,
+    GroupedLinearProblem,
+    MoEProblem,
+    Routing,
+    acc_dtype,
+)
+from ..reference import moe_experts as _reference
+
+
+def dispatch(x: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
+    """xs[n] = x[routing.source[n]], 0 in rows that no choice uses: the tokens of each expert side by side.
+
+    Args:
+        x: (T, H). float32, bfloat16, float16 or float64; any strides.
+        routing: what `route` returned.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
+    Returns:
+        (N, H) in x's dtype, rows sorted by expert, then by token. Differentiable: a token's gradient is the sum over
+        its rows, taken in fp32 (fp64 for fp64) and rounded once.
+    Raises:
+        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
+    Source: Shazeer et al., "Outrageously large neural networks" (2017), section 3.
+    """
+    problem = _prepare_dispatch(x, routing)
+    _dispatch.choose("moe.dispatch", impl, problem)
+    return _reference.dispatch(problem)
+
+
+def grouped_linear(xs: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """out[n] = xs[n] w[e]^T + bias[e] for the rows offsets[e] <= n < offsets[e + 1], 0 in rows of no expert.
+
+    Args:
+        xs: (N, I). float32, bfloat16, float16 or float64; any strides; inside autocast it is cast as a linear layer's.
+        w: (E, O, I); bias: (E, O) or None; of the dtype of xs.
+        offsets: (E + 1,) integers that rise from 0 to N or less.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
+    Returns:
+        (N, O) in the dtype of xs; sums in fp32 (fp64 for fp64). Differentiable with respect to xs, w and bias.
+    Raises:
+        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
+    Source: Gale et al., "MegaBlocks" (2022), section 5, where it is a block-diagonal product.
+    """
+    problem = _prepare_grouped(xs, w, offsets, bias)
+    _dispatch.choose("moe.grouped_linear", impl, problem)
+    return _reference.grouped_linear(problem)
+
+
+def experts(
+    xs: Tensor,
+    routing: Routing,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    activation: str = "swiglu",
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """ys[n] = act(xs[n] w_gate_up[e]^T + b_gate_up[e]) w_down[e]^T + b_down[e] for the rows n of expert e.
+
+    Args:
+        xs: (N, H), rows as `dispatch` orders them. float32, bfloat16, float16 or float64; any strides; inside autocast
+            it is cast as a linear layer's.
+        routing: what `route` returned.
+        w_gate_up: (E, 2I, H), the rows of the gate first; (E, I, H) for an activation that is not gated.
+        w_down: (E, J, I), usually with J = H.
+        activation: "geglu", "geglu_tanh", "swiglu", "reglu"; not gated: "gelu", "gelu_tanh", "silu", "relu".
+        b_gate_up, b_down: (E, 2I) or (E, I), and (E, J); or None, each.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
+    Returns:
+        (N, J) in the dtype of xs, 0 in unused rows; sums and activation in fp32 (fp64 for fp64). Differentiable with
+        respect to every tensor but the routing.
+    Raises:
+        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
+    Source: Shazeer, "GLU variants improve Transformer" (2020), eq. 6; biases as in section 2.
+    """
+    problem = _prepare_experts(xs, routing, w_gate_up, w_down, activation, b_gate_up, b_down)
+    _dispatch.choose("moe.experts", impl, problem)
+    return _reference.experts(problem)
+
+
+def combine(ys: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
+    """out[t] = sum_k routing.weights[t, k] ys[routing.position[t, k]]; a token without a row gets 0.
+
+    Args:
+        ys: (N, J), rows as `dispatch` orders them. float32, bfloat16, float16 or float64; any strides.
+        routing: what `route` returned.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
+    Returns:
+        (T, J) in the dtype of ys; the sum is taken in fp32 (fp64 for fp64), in the order of k. Differentiable with
+        respect to ys and the weights.
+    Raises:
+        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
+    Source: Shazeer et al., "Outrageously large neural networks" (2017), eq. 1.
+    """
+    problem = _prepare_combine(ys, routing)
+    _dispatch.choose("moe.combine", impl, problem)
+    return _reference.combine(problem)
+
+
+def forward(
+    x: Tensor,
+    routing: Routing,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    activation: str = "swiglu",
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """combine(experts(dispatch(x))) in one, rounded once.
+
+    Args:
+        x: (T, H). The others as in `experts`.
+    Returns:
+        (T, J) in x's dtype. Differentiable with respect to x, weights and biases, and through routing.weights to the
+        logits.
+    Raises:
+        as `experts`.
+    Source: as `experts` and `combine`.
+    """
+    problem = _prepare_forward(x, routing, w_gate_up, w_down, activation, b_gate_up, b_down)
+    _dispatch.choose("moe.forward", impl, problem)
+    return _reference.forward(problem)
+
+
+def _prepare_dispatch(x, routing) -> DispatchProblem:
+    """Validate and lower a call of `dispatch`."""
+    routing = _routing(routing, x, "x")
+    _matrix("x", x, "T, H", routing.position.shape[0], "the tokens of routing")
+    return DispatchProblem(x, routing.source, routing.position)
+
+
+def _prepare_combine(ys, routing) -> CombineProblem:
+    """Validate and lower a call of `combine`."""
+    routing = _routing(routing, ys, "ys")
+    _matrix("ys", ys, "N, J", routing.source.shape[0], "the rows of routing")
+    return CombineProblem(ys, routing.weights.to(acc_dtype(ys.dtype)), routing.position)
+
+
+def _prepare_grouped(xs, w, offsets, bias) -> GroupedLinearProblem:
+    """Validate and lower a call of `grouped_linear`."""
+    xs, w, bias = _operands(xs=xs, w=w, bias=bias)
+    if xs.dim() != 2:
+        raise _checks.shape_error("xs", "(N, I)", "", xs)
+    _check_weight("w", w, "E", "O", xs.shape[1], "xs")
+    _check_bias("bias", bias, w, "w")
+    return GroupedLinearProblem(xs, w, bias, _offsets(offsets, xs, w.shape[0]))
+
+
+def _prepare_experts(xs, routing, w_gate_up, w_down, activation, b_gate_up, b_down) -> ExpertsProblem:
+    """Validate and lower a call of `experts`."""
+    xs, *layer = _operands(xs=xs, w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down)
+    routing = _routing(routing, xs, "xs")
+    _matrix("xs", xs, "N, H", routing.source.shape[0], "the rows of routing")
+    number = _check_layer(xs, "xs", routing, *layer, activation)
+    return ExpertsProblem(xs, *layer, routing.offsets, number)
+
+
+def _prepare_forward(x, routing, w_gate_up, w_down, activation, b_gate_up, b_down) -> MoEProblem:
+    """Validate and lower a call of `forward`."""
+    x, *layer = _operands(x=x, w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down)
+    routing = _routing(routing, x, "x")
+    _matrix("x", x, "T, H", routing.position.shape[0], "the tokens of routing")
+    number = _check_layer(x, "x", routing, *layer, activation)
+    weights = routing.weights.to(acc_dtype(x.dtype))
+    return MoEProblem(x, *layer, weights, routing.offsets, routing.source, routing.position, number)
+
+
+def _operands(**named) -> tuple[Tensor | None, ...]:
+    """The tensors after autocast, biases (b...) or None: of one floating dtype on one device, those of the first."""
+    for name, value in named.items():
+        if value is not None or not name.startswith("b"):
+            _checks.floating(name, value)
+    tensors = _checks.autocast(*named.values())
+    first, like = tensors[0], next(iter(named))
+    for name, value in zip(named, tensors, strict=True):
+        if value is not None:
+            _checks.same_dtype(name, value, first.dtype, like)
+            _checks.same_device(name, value, first.device, like)
+    return tensors
+
+
+def _matrix(name: str, value: Tensor, sizes: str, rows: int, why: str) -> None:
+    if value.dim() != 2 or value.shape[0] != rows:
+        expected = f"({rows}, {sizes.partition(', ')[2]})"
+        raise _checks.shape_error(name, expected, f"to match {why}", value)
+
+
+def _check_layer(xs: Tensor, name: str, routing: Routing, w_gate_up, w_down, b_gate_up, b_down, activation) -> int:
+    """Weights and biases of the experts against xs and one another; returns the number of the activation."""
+    number = EXPERT_ACTIVATIONS.index(_checks.one_of("activation", activation, EXPERT_ACTIVATIONS))
+    count = routing.offsets.shape[0] - 1
+    is_gated = number < len(ACTIVATIONS)
+    _check_weight("w_gate_up", w_gate_up, count, "2I" if is_gated else "I", xs.shape[1], f"routing and {name}")
+    width = w_gate_up.shape[1]
+    if is_gated:
+        if width % 2:
+            expected = f"({count}, 2I, {xs.shape[1]})"
+            raise _checks.shape_error("w_gate_up", expected, f"with activation={activation!r}", w_gate_up)
+        width //= 2
+    _check_weight("w_down", w_down, count, "J", width, "routing and w_gate_up")
+    _check_bias("b_gate_up", b_gate_up, w_gate_up, "w_gate_up")
+    _check_bias("b_down", b_down, w_down, "w_down")
+    return number
+
+
+def _check_weight(name: str, value: Tensor, count: int | str, rows: str, columns: int, why: str) -> None:
+    """(count, any, columns); a name for count allows any number."""
+    fits = value.dim() == 3 and value.shape[2] == columns and (isinstance(count, str) or value.shape[0] == count)
+    if not fits:
+        raise _checks.shape_error(name, f"({count}, {rows}, {columns})", f"to match {why}", value)
+
+
+def _check_bias(name: str, bias: Tensor | None, weight: Tensor, weight_name: str) -> None:
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise _checks.shape_error(name, _checks.shape_text(weight.shape[:2]), f"to match {weight_name}", bias)
+
+
+def _routing(value, like: Tensor, name: str) -> Routing:
+    """A `Routing` whose tensors fit one another, on the device of `like`; its maps in int32."""
+    if not isinstance(value, Routing):
+        raise TypeError(f"routing must be a pyext.moe.Routing, got {type(value).__name__}")
+    _checks.floating(name, like)
+    weights = _checks.floating("routing.weights", value.weights)
+    if weights.dim() != 2:
+        raise _checks.shape_error("routing.weights", "(T, K)", "", weights)
+    maps = {
+        name: _checks.integer(f"routing.{name}", getattr(value, name)) for name in ("offsets", "source", "position")
+    }
+    if maps["position"].shape != weights.shape:
+        expected = _checks.shape_text(weights.shape)
+        raise _checks.shape_error("routing.position", expected, "to match routing.weights", maps["position"])
+    for key, expected in (("offsets", "(E + 1,)"), ("source", "(N,)")):
+        if maps[key].dim() != 1 or (key == "offsets" and maps[key].shape[0] == 0):
+            raise _checks.shape_error(f"routing.{key}", expected, "", maps[key])
+    for key, tensor in (("weights", weights), *maps.items()):
+        _checks.same_device(f"routing.{key}", tensor, like.device, name)
+    return value._replace(**{key: tensor.to(torch.int32) for key, tensor in maps.items()})
+
+
+def _offsets(value, xs: Tensor, count: int) -> Tensor:
+    """offsets as int32 (E + 1,); its contents are checked where that needs no device sync."""
+    if _checks.integer("offsets", value).shape != (count + 1,):
+        raise _checks.shape_error("offsets", f"({count + 1},)", "to match w", value)
+    _checks.same_device("offsets", value, xs.device, "xs")
+    if _checks.is_readable(value):
+        offsets = value.tolist()
+        if offsets[0] != 0 or offsets[-1] > xs.shape[0] or offsets != sorted(offsets):
+            raise ValueError(f"offsets must rise from 0 to {xs.shape[0]}, the rows of xs, or less, got {offsets}")
+    return value.to(torch.int32)
+
+
+for _function, _prepare in (
+    (dispatch, _prepare_dispatch),
+    (grouped_linear, _prepare_grouped),
+    (experts, _prepare_experts),
+    (combine, _prepare_combine),
+    (forward, _prepare_forward),
+):
+    _dispatch.register(_function, _prepare, (), f"moe.{_function.__name__}")

@@ -1,0 +1,298 @@
+"""Compile every configuration of every Triton kernel for the GPUs it is meant for, without a GPU, and gate what comes out.
+
+    python -m tests.triton_aot [--all] [--jobs N] [--arch 90] [--only NAME]
+
+The launchers run on meta tensors with Triton's launch replaced by a recorder: what is compiled is what they would
+launch, with the specialisations Triton would make. For each kernel the table gives registers, stack, shared memory and
+the instructions that matter; the exit status is 1 if any kernel
+
+* spills or uses stack, or asks for more shared memory than the GPU has;
+* should use matrix units and does not, or matrix units of an older kind than it could;
+* should access memory in 16-byte pieces and does not;
+* is a stub without loads and stores, which is what some oversized configurations compile to.
+
+By default every configuration is compiled for every GPU, and the dtypes take turns over them; with --all every
+configuration is compiled for every dtype and GPU. Must run in a process of its own: Triton either interprets or
+compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from pyext.kernels import _launch, gated_linear, glu, rotary
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
+}  # fmt: skip
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+COUNTED = {
+    "HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA", "FFMA": r"\bFFMA", "spills": r"\b(?:STL|LDL)",
+    "loads": r"\b(?:LDG|LDGSTS|UTMALDG)", "stores": r"\b(?:STG|UTMASTG)",
+    "wide": r"\b(?:LDG|LDGSTS)\.\S*128\b|\bUTMALDG",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as it would be launched."""
+
+    arch: int
+    scenario: str
+    module: str
+    name: str
+    signature: tuple
+    constants: tuple
+    divisible: tuple[int, ...]
+    options: tuple
+    wide: bool  # whether its accesses should be 16 bytes wide
+
+    @property
+    def label(self) -> str:
+        return f"{self.scenario}: {self.name.strip('_').removesuffix('_kernel')}"
+
+
+@dataclass
+class Report:
+    kernel: Kernel
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    counts: dict = field(default_factory=dict)
+    seconds: float = 0.0
+    faults: list = field(default_factory=list)
+
+    def __str__(self) -> str:
+        constants, options = dict(self.kernel.constants), dict(self.kernel.options)
+        shape = "x".join(str(constants[n]) for n in ("ROWS", "TOKENS", "PAIRS", "COLUMNS", "DEPTH") if n in constants)
+        counts = " ".join(f"{name} {count}" for name, count in self.counts.items() if count)
+        return (
+            f"sm_{self.kernel.arch:<4}{self.kernel.label:<48} {shape:<12} warps {options.get('num_warps', 4)} "
+            f"stages {options.get('num_stages', 3)} registers {self.registers:3} shared {self.shared:6} {counts}"
+            f" ({self.seconds:.1f} s)" + (f"  WRONG: {', '.join(self.faults)}" if self.faults else "")
+        )
+
+
+# --- What is launched ---
+
+
+def meta(*shape, dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def elementwise() -> Iterator[tuple[str, bool, Callable[[torch.dtype], object]]]:
+    """(name, whether accesses should be wide, the call on a dtype) for every configuration."""
+    for pairs in (16, 32, 64, 128):
+        for interleaved in (False, True):
+
+            def call(dtype, pairs=pairs, interleaved=interleaved):
+                x = meta(2, 6, 512, 2 * pairs, dtype=dtype)
+                table = meta(1024, pairs, dtype=torch.float32)
+                positions = meta(2, 512, dtype=torch.int64) if interleaved else None
+                rotary.rotary_forward(x, table, table, positions, interleaved, False)
+                rotary.rotary_backward(x, x, positions, 1, 1024, pairs, interleaved, False)
+
+            # Rows of fewer pairs than a quarter of a warp takes at once are read in narrower pieces.
+            yield f"rotary {pairs} {'interleaved' if interleaved else 'halves'}", False, call
+    for index, (_, columns) in enumerate(glu.COLUMNS):
+        width = max(columns, glu.COLUMNS[index][0])
+        for layout in ("packed", "interleaved", "strided"):
+
+            def call(dtype, index=index, width=width, layout=layout):
+                if layout == "strided":
+                    gate = up = meta(3, 5, 7, 2, width, dtype=dtype).transpose(1, 3)
+                else:
+                    gate, up = meta(48, 2 * width, dtype=dtype), None
+                grad = gate if up is not None else meta(48, width, dtype=dtype)
+                activation = (index + len(layout)) % 4
+                glu.glu_forward(gate, up, activation, True, layout == "interleaved")
+                glu.glu_backward(grad, gate, up, activation, True, layout == "interleaved")
+
+            yield f"glu {columns} {layout}", True, call
+
+
+def unaligned(dtype) -> None:
+    """Odd sizes and strides, which nothing can be assumed of."""
+    x, table = meta(2, 3, 37, 35, dtype=dtype), meta(3, 37, 17, dtype=torch.float64)[1:]
+    rotary.rotary_forward(x, table, table, None, False, True)
+    rotary.rotary_backward(x, x, None, 2, 37, 17, True, True)
+    glu.glu_forward(meta(5, 74, dtype=dtype)[:, 1:73], None, 3, False, False)
+    linear(dtype, rows=131, columns=133, depth=61)
+
+
+def linear(dtype, rows: int, columns=4096, depth=4096) -> None:
+    x, grad = meta(rows, depth, dtype=dtype), meta(rows, columns, dtype=dtype)
+    weight, down = meta(columns, depth, dtype=dtype), meta(depth, columns, dtype=dtype)
+    bias, pre = meta(columns, dtype=dtype), meta(rows, 2 * columns, dtype=dtype)
+    activation = 1 if dtype == torch.float16 else 0
+    gated_linear.gated_linear_forward(x, weight, weight, bias, bias, activation, True)
+    gated_linear.gated_mlp_backward(x, x, pre, weight, weight, down, activation, True, True, True, True, True)
+
+
+def scenarios(arch: int, everything: bool) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """(name, whether accesses should be wide, the call) for every configuration; see the top for the dtypes."""
+    turn = itertools.count(_launch.ARCHITECTURES.index(arch))
+
+    def dtypes(choices):
+        return choices if everything else [choices[next(turn) % len(choices)]]
+
+    for name, wide, call in elementwise():
+        for dtype in dtypes(_launch.DTYPES):
+            yield f"{name} {TYPES[dtype]}", wide, lambda call=call, dtype=dtype: call(dtype)
+    for rows in (gated_linear.FEW_ROWS, 4096):
+        for dtype in (torch.float32, *dtypes((torch.bfloat16, torch.float16))):
+            yield f"{rows} rows {TYPES[dtype]}", True, lambda rows=rows, dtype=dtype: linear(dtype, rows)
+    for dtype in dtypes(_launch.DTYPES):
+        yield f"odd {TYPES[dtype]}", False, lambda dtype=dtype: unaligned(dtype)
+
+
+def record(arch: int, everything: bool) -> list[Kernel]:
+    """The kernels that the launchers would launch on this GPU, each once."""
+    found: dict[tuple, Kernel] = {}
+    scenario = wide = None
+
+    def run(function, *args, grid, warmup=False, **options):
+        kernel = specialised(function, args, options, arch, scenario, wide)
+        key = (kernel.module, kernel.name, kernel.signature, kernel.constants, kernel.divisible, kernel.options)
+        found.setdefault(key, kernel)
+
+    stock, JITFunction.run = JITFunction.run, run
+    of_device = _launch.architecture
+    gated_linear.architecture = lambda device: arch
+    try:
+        for scenario, wide, call in scenarios(arch, everything):  # noqa: B007  (`run` reads them)
+            call()
+    finally:
+        JITFunction.run, gated_linear.architecture = stock, of_device
+    return list(found.values())
+
+
+def specialised(function: JITFunction, args, options: dict, arch: int, scenario: str, wide: bool) -> Kernel:
+    """What Triton would compile for these arguments: ones and None are constants, multiples of 16 are known as such."""
+    names = function.arg_names
+    values = {**dict(zip(names, args)), **{name: options[name] for name in names if name in options}}
+    signature, constants, divisible = {}, {}, []
+    for position, name in enumerate(names):
+        value = values[name]
+        if function.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            address = value.storage_offset() * value.element_size()
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            address = value
+        if address % 16 == 0:
+            divisible.append(position)
+    others = {name: value for name, value in options.items() if name not in names}
+    return Kernel(
+        arch, scenario, function.fn.__module__, function.fn.__name__, tuple(signature.items()),
+        tuple(constants.items()), tuple(divisible), tuple(others.items()), wide,
+    )  # fmt: skip
+
+
+# --- What comes out ---
+
+
+def compile_kernel(kernel: Kernel) -> Report:
+    start = time.perf_counter()
+    function = getattr(importlib.import_module(kernel.module), kernel.name)
+    source = ASTSource(
+        fn=function,
+        signature=dict(kernel.signature),
+        constexprs=dict(kernel.constants),
+        attrs={(position,): [["tt.divisibility", 16]] for position in kernel.divisible},
+    )
+    report = Report(kernel)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", kernel.arch, 32), options=dict(kernel.options))
+    except Exception as error:  # the table names what does not compile, and goes on
+        report.faults.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        return report
+    usage, assembly = (cuobjdump(compiled.asm["cubin"], what) for what in ("--dump-resource-usage", "--dump-sass"))
+    report.registers, report.stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    report.shared = compiled.metadata.shared
+    report.counts = {name: len(re.findall(pattern, assembly)) for name, pattern in COUNTED.items()}
+    report.seconds = time.perf_counter() - start
+    report.faults = list(faults(report, local))
+    return report
+
+
+def cuobjdump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def faults(report: Report, local: int) -> Iterator[str]:
+    kernel, counts = report.kernel, report.counts
+    if counts["spills"] or report.stack or local:
+        yield f"{counts['spills']} spills, {report.stack} bytes of stack, {local} local"
+    if report.shared > SHARED_LIMIT[kernel.arch]:
+        yield f"shared memory above {SHARED_LIMIT[kernel.arch]}"
+    if not (counts["loads"] and counts["stores"]):
+        yield "a stub: it loads or stores nothing"
+    if kernel.wide and not counts["wide"]:
+        yield "no access of 16 bytes"
+    unit = matrix_unit(kernel)
+    if unit and not counts[unit]:
+        yield f"no {unit}"
+
+
+def matrix_unit(kernel: Kernel) -> str | None:
+    """What should compute the products: the units for whole warpgroups need 64 rows; fp32 is exact on none."""
+    constants = dict(kernel.constants)
+    if "DEPTH" not in constants:
+        return None
+    if "*fp32" in dict(kernel.signature).values():
+        return "FFMA"
+    return {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[kernel.arch] if constants["ROWS"] >= 64 else "HMMA"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every dtype of every configuration")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--arch", type=int, choices=_launch.ARCHITECTURES, help="one GPU only")
+    parser.add_argument("--only", default="", help="only kernels whose label contains this")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    architectures = [options.arch] if options.arch else _launch.ARCHITECTURES
+    kernels = [k for arch in architectures for k in record(arch, options.all) if options.only in k.label]
+    wrong = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for report in pool.map(compile_kernel, kernels):
+            wrong += bool(report.faults)
+            print(report, flush=True)
+    seconds = time.perf_counter() - start
+    print(f"Triton {triton.__version__}: {len(kernels)} kernels, {wrong} wrong, {seconds:.0f} s")
+    return 1 if wrong or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

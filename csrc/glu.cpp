@@ -1,5 +1,6 @@
 // The ops of gated units: schema, checks of invariants, torch tensors -> GluProblem -> the kernels of the active
-// instruction set, or of the GPU. Friendly messages come from Python (pyext/ops/glu.py); what is checked here protects memory.
+// instruction set, or of the GPU. Friendly messages come from Python (pyext/ops/glu.py); what is checked here protects
+// memory.
 #include "glu.h"
 
 #include <tuple>
@@ -123,7 +124,7 @@ Tensor glu_forward(const Tensor& gate, const MaybeTensor& up, int64_t activation
   Tensor out = fresh(gate, call.problem.width);
   call.bind({out});
   run_on_device(
-      gate, [&] { kernels().glu_forward(call.problem, parallel()); },
+      gate, "gate", [&] { kernels().glu_forward(call.problem, parallel()); },
       [&](auto stream) { return pyext_cuda_glu_forward(call.problem, stream); });
   return out;
 }
@@ -135,7 +136,7 @@ std::tuple<Tensor, Tensor> glu_backward(const Tensor& grad, const Tensor& gate, 
   Tensor grad_up = up ? fresh(*up, up->size(-1)) : empty(gate, {0}, gate.scalar_type());
   call.bind(up ? std::vector<Tensor>{grad_gate, grad_up} : std::vector<Tensor>{grad_gate});
   run_on_device(
-      gate, [&] { kernels().glu_backward(call.problem, parallel()); },
+      gate, "gate", [&] { kernels().glu_backward(call.problem, parallel()); },
       [&](auto stream) { return pyext_cuda_glu_backward(call.problem, stream); });
   return {grad_gate, grad_up};
 }

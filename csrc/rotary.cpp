@@ -77,7 +77,7 @@ Tensor rotary_forward(const Tensor& x, const Tensor& cos, const Tensor& sin, con
   use_huge_pages(out);
   p.out = view<Output>(out);
   run_on_device(
-      input, [&] { kernels().rotary_forward(p, parallel()); },
+      input, "x", [&] { kernels().rotary_forward(p, parallel()); },
       [&](auto stream) { return pyext_cuda_rotary_forward(p, stream); });
   return out;
 }
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad, const Tensor& x, 
     p.order = static_cast<const int64_t*>(std::get<1>(tokens).const_data_ptr());
   }
   run_on_device(
-      input, [&] { kernels().rotary_backward(p, parallel()); },
+      input, "x", [&] { kernels().rotary_backward(p, parallel()); },
       [&](auto stream) { return pyext_cuda_rotary_backward(p, stream); });
   return {grad_cos, grad_sin};
 }

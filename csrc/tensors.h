@@ -106,13 +106,14 @@ inline const KernelTable& kernels() {
   return *table;
 }
 
-// Runs cpu(), or cuda(stream) where x is on a GPU: on its current stream, the one that CUDA graphs record. The latter is
-// a generic lambda, because a build without CUDA never instantiates it and so needs no launcher.
+// Runs cpu(), or cuda(stream) where x is on a GPU: on its current stream, the one that CUDA graphs record. The latter
+// is a generic lambda, because a build without CUDA never instantiates it and so needs no launcher. `name` is x's.
 template <class Cpu, class Cuda>
-void run_on_device(const Tensor& x, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
+void run_on_device(const Tensor& x, [[maybe_unused]] const char* name, const Cpu& cpu,
+                   [[maybe_unused]] const Cuda& cuda) {
 #if defined(PYEXT_CUDA)
   if (x.is_cuda()) {
-    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "the CUDA kernels take float32, bfloat16 and float16");
+    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, name, " must be float32, bfloat16 or float16 on a GPU");
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));

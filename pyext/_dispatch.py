@@ -15,11 +15,9 @@ from . import _checks, _native, _triton_runtime
 
 
 def _cuda(op: str, problem: tuple) -> str | None:
-    if "cuda" not in _kernels(op) or not _native.has_cuda():
+    if "cuda" not in _kernels(op):
         return f"no CUDA kernel in this build for {op}"
-    if not problem[0].is_cuda:
-        return f"the tensors are on {problem[0].device}"
-    return _unsupported("CUDA", problem, _checks.GPU_FLOATING)
+    return _native.cuda_reason(problem[0]) or _unsupported("CUDA", problem, _checks.GPU_FLOATING)
 
 
 def _cpu(op: str, problem: tuple) -> str | None:

@@ -4,12 +4,13 @@
 variable `PYEXT_ISA` (avx2, avx512, avx512_bf16, or none) picks the instruction set instead of the best one here.
 """
 
+import functools
 import importlib
 import os
 import platform
 import warnings
 
-import torch  # noqa: F401  (its libraries must be loaded before _C, which registers operators with them)
+import torch  # its libraries must be loaded before _C, which registers operators with them
 
 
 def _load():
@@ -41,7 +42,10 @@ def _load():
     return module, None
 
 
+#: The oldest GPU the kernels are made for: sm_80, the first with bf16 matrix units and asynchronous copies.
+_LEAST_CAPABILITY = (8, 0)
 _module, _reason = _load()
+_HAS_CUDA = _module is not None and "cuda" in _module.build_info()
 if _reason is not None:
     # stacklevel 3: _native <- pyext/__init__ <- the caller's `import pyext`
     warnings.warn(f"pyext runs on its slow PyTorch reference: {_reason}", RuntimeWarning, stacklevel=3)
@@ -57,9 +61,22 @@ def reason() -> str | None:
     return _reason
 
 
-def has_cuda() -> bool:
-    """Whether the module was built with CUDA kernels."""
-    return _module is not None and bool(_module.build_info().get("cuda"))
+def cuda_reason(tensor: torch.Tensor) -> str | None:
+    """Why the CUDA kernels cannot run on this tensor, or None if they can."""
+    if not _HAS_CUDA:
+        return "no CUDA kernel in this build"
+    if not tensor.is_cuda:
+        return f"the tensors are on {tensor.device}"
+    return capability_reason(tensor.device)
+
+
+@functools.cache
+def capability_reason(device: torch.device) -> str | None:
+    """Why a GPU is too old for kernels of any kind, or None."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0"
+    return None
 
 
 def module():

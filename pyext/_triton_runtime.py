@@ -9,8 +9,6 @@ from torch import Tensor
 
 from . import _native
 
-#: The oldest GPU the kernels are made for: sm_80, the first with bf16 matrix units and asynchronous copies.
-_LEAST_CAPABILITY = (8, 0)
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -29,10 +27,7 @@ def reason(tensor: Tensor) -> str | None:
         return _stock_interpreter() if tensor.dtype == torch.bfloat16 else None
     if not tensor.is_cuda:
         return f"the tensors are on {tensor.device} (TRITON_INTERPRET=1 would interpret the kernels there)"
-    major, minor = _capability(tensor.device)
-    if (major, minor) < _LEAST_CAPABILITY:
-        return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0"
-    return None
+    return _native.capability_reason(tensor.device)
 
 
 @functools.cache
@@ -43,8 +38,3 @@ def _stock_interpreter() -> str | None:
     if getattr(InterpreterBuilder, "exact_bfloat16", False):
         return None
     return "Triton's interpreter computes bfloat16 wrongly"
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

@@ -22,7 +22,7 @@ M_PERTURB, FRESH_BYTES = -6, 0x01  # glibc fills fresh memory with the complemen
 
 
 def pytest_report_header(config):
-    names = ", ".join(map(str, backends.ALL + backends.TRITON)) or "none"
+    names = ", ".join(map(str, backends.ALL + backends.TRITON + backends.CUDA)) or "none"
     return [f"pyext seed: {SESSION_SEED} (PYEXT_TEST_SEED={SESSION_SEED} repeats this run)", f"pyext backends: {names}"]
 
 

@@ -75,6 +75,8 @@ def test_fake_strides(kind, kernel):
 )
 def test_the_op_protects_memory(change, message, kernel):
     """What Python checks first, the op itself refuses too: it is public to torch."""
+    if kernel.emulated:
+        pytest.skip("the checks are the operator's, which the emulator is called without")
     call = dict(x=torch.randn(2, 3, 5, 8), cos=torch.randn(5, 4), sin=torch.randn(5, 4), positions=None)
     call.update(change)
     call = {name: None if value is None else value.to(kernel.device) for name, value in call.items()}

@@ -1,11 +1,14 @@
 """csrc/cuda/rotary.cu and glu.cu on the emulator: right and without alarm under every schedule; seeded defects."""
 
+import ctypes
+
 import pytest
 import torch
 from simt.build import build
 from simt.mutants import DTYPE, MUTANTS, RUNS, SMALL_GRIDS, check, source
 from simt.ops import SOURCES, instead_of_cpu
-from simt.runtime import Found
+from simt.problems import GluProblem, RotaryProblem
+from simt.runtime import Found, machine
 
 from support import layouts
 
@@ -77,11 +80,9 @@ def test_offsets_beyond_2_to_the_31(dim, seed):
 
 
 def test_no_kernels_for_fp64():
-    x = torch.randn(1, 1, 4, 8, dtype=torch.float64)
-    with instead_of_cpu():
-        for call in (
-            lambda: torch.ops.pyext.rotary_forward(x, x[0, 0, :, :4], x[0, 0, :, :4], None, False, False),
-            lambda: torch.ops.pyext.glu_forward(x, x, 0, True, False),
-        ):
+    with machine() as gpu:
+        for problem, stem in ((RotaryProblem(), "rotary"), (GluProblem(), "glu")):
+            problem.dtype, problem.batch, problem.heads, problem.length, problem.head_dim = 3, 1, 1, 1, 1
+            problem.rows = problem.width = 1
             with pytest.raises(Found, match="launcher returned 1"):
-                call()
+                gpu.call(getattr(gpu.load(SOURCES[stem]), f"pyext_cuda_{stem}_forward"), ctypes.byref(problem), None)

@@ -156,10 +156,22 @@ struct RowTokens {
   }
 };
 
+// N sums that keep what rounding takes from them (Kahan, 1965): a row that a hundred thousand tokens took is as exact
+// as one that a single token took.
+template <int N>
+struct Sums {
+  float sum[N] = {}, excess[N] = {};
+
+  PYEXT_DEVICE void add(int j, float value) {
+    const float corrected = value - excess[j], next = sum[j] + corrected;
+    excess[j] = (next - sum[j]) - corrected, sum[j] = next;
+  }
+};
+
 // Adds what N pairs, from pair k on, of one token contribute in the heads threadIdx.y, threadIdx.y + blockDim.y, ...
 template <class T, int N, bool interleaved>
-PYEXT_DEVICE void add_token(const RotaryProblem& p, int64_t batch, int64_t token, int64_t k, float (&cos)[N],
-                            float (&sin)[N]) {
+PYEXT_DEVICE void add_token(const RotaryProblem& p, int64_t batch, int64_t token, int64_t k, Sums<N>& cos,
+                            Sums<N>& sin) {
   const T* x = static_cast<const T*>(p.x.data) + batch * p.x.batch + token * p.x.row;
   const T* grad = static_cast<const T*>(p.grad.data) + batch * p.grad.batch + token * p.grad.row;
   x = pair_of<interleaved>(x, k), grad = pair_of<interleaved>(grad, k);
@@ -172,8 +184,8 @@ PYEXT_DEVICE void add_token(const RotaryProblem& p, int64_t batch, int64_t token
     pairs.split(x1, x2), grads.split(g1, g2);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      cos[j] += g1[j] * x1[j] + g2[j] * x2[j];
-      sin[j] += g2[j] * x1[j] - g1[j] * x2[j];
+      cos.add(j, g1[j] * x1[j] + g2[j] * x2[j]);
+      sin.add(j, g2[j] * x1[j] - g1[j] * x2[j]);
     }
   }
 }
@@ -181,7 +193,7 @@ PYEXT_DEVICE void add_token(const RotaryProblem& p, int64_t batch, int64_t token
 // A block sums a row of the tables. threadIdx.x, and what follows it in steps of blockDim.x: N pairs; threadIdx.y:
 // heads; threadIdx.z: tokens. Shared memory: [threadIdx.z][threadIdx.y][cos, sin][N blockDim.x pairs].
 template <class T, int N, bool interleaved>
-__global__ void __launch_bounds__(kThreads, 3) rotary_backward(const RotaryProblem p) {
+__global__ void __launch_bounds__(kThreads, 2) rotary_backward(const RotaryProblem p) {
   PYEXT_SHARED(float, parts);
   const int width = int(blockDim.x) * N, slots = int(blockDim.y * blockDim.z);
   const int slot = int(threadIdx.z * blockDim.y + threadIdx.y), thread = slot * int(blockDim.x) + int(threadIdx.x);
@@ -189,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 3) rotary_backward(const RotaryProbl
     const int64_t table = r / p.table_rows, row = r - table * p.table_rows;
     const RowTokens tokens(p, table, row);
     for (int64_t begin = 0; begin < p.half; begin += width) {
-      float cos[N] = {}, sin[N] = {};
+      Sums<N> cos, sin;
       const int64_t k = begin + int64_t(threadIdx.x) * N;
       for (int64_t n = k < p.half ? threadIdx.z : tokens.count; n < tokens.count; n += blockDim.z) {
         int64_t batch, token;
@@ -198,17 +210,17 @@ __global__ void __launch_bounds__(kThreads, 3) rotary_backward(const RotaryProbl
       }
       float* part = parts + slot * 2 * width + int(threadIdx.x) * N;
 #pragma unroll
-      for (int j = 0; j < N; ++j) part[j] = cos[j], part[width + j] = sin[j];
+      for (int j = 0; j < N; ++j) part[j] = cos.sum[j], part[width + j] = sin.sum[j];
       __syncthreads();
       for (int i = thread; i < 2 * width; i += slots * int(blockDim.x)) {
-        float sum = 0;
+        double sum = 0;
         for (int s = 0; s < slots; ++s) sum += parts[s * 2 * width + i];
         const int64_t to = begin + (i < width ? i : i - width);
         if (to >= p.half) continue;
         if (i < width)
-          static_cast<float*>(p.grad_cos)[r * p.half + to] = sum;
+          static_cast<float*>(p.grad_cos)[r * p.half + to] = float(sum);
         else
-          static_cast<float*>(p.grad_sin)[r * p.half + to] = p.inverse ? -sum : sum;
+          static_cast<float*>(p.grad_sin)[r * p.half + to] = float(p.inverse ? -sum : sum);
       }
       __syncthreads();  // before the parts are written again
     }

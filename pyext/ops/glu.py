@@ -134,7 +134,7 @@ class _Glu(torch.autograd.Function):
 
 
 for _function, _prepare_call in ((geglu, _prepare_geglu), (swiglu, _prepare_swiglu), (reglu, _prepare_reglu)):
-    _dispatch.register(_function, _prepare_call, ("cpu", "triton"))
+    _dispatch.register(_function, _prepare_call, ("cuda", "cpu", "triton"))
 if _native.module() is not None:
     _register.register("glu_forward", _forward_fake, _Glu.apply, "glu")
     _register.register("glu_backward", _backward_fake, _register.once_differentiable("geglu, swiglu, reglu"), "glu")

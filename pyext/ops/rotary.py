@@ -257,7 +257,7 @@ class _Tables(torch.autograd.Function):
         return None, None, *grads, *(None,) * 6
 
 
-_dispatch.register(rotary, _prepare, ("cpu", "triton"))
+_dispatch.register(rotary, _prepare, ("cuda", "cpu", "triton"))
 if _native.module() is not None:
     _register.register("rotary_forward", _forward_fake, _Rotary.apply, "rotary")
     _register.register("rotary_backward", _backward_fake, _Tables.apply, "rotary")

@@ -15,6 +15,7 @@ import torch
 
 import pyext
 from support import rotary
+from support.backends import Backend
 from support.rotary import Case
 from support.tolerance import assert_close_to_reference
 
@@ -112,7 +113,7 @@ def check(stem: str, dtype: torch.dtype, seed: int) -> None:
     """Every call of an op above."""
     if stem == "rotary":
         for case in ROTARY:
-            rotary.check(case, dtype, "cpu", seed)
+            rotary.check(case, dtype, Backend("cpu"), seed)
         return
     for probe in GLU:
         for op in (pyext.geglu, pyext.swiglu):

@@ -41,6 +41,8 @@ def instead_of_cpu(sources: dict[str, Kernel] = SOURCES, **run) -> Iterator[None
 
 def _operator(function: Callable, launcher: str, kernel: Kernel, run: dict) -> Callable:
     def operator(*arguments):
+        if arguments[0].dtype == torch.float64:  # as the operators say it; csrc/cuda has no kernels for it
+            raise RuntimeError(f"{'x' if launcher.count('rotary') else 'gate'} must be float32, bfloat16 or float16")
         with machine(**run) as gpu:
 
             def launch(problem, results: dict[str, Tensor], **inputs: Tensor) -> None:

@@ -1,5 +1,5 @@
 """Which implementations the tests run: the reference, the CPU kernels once per instruction set of this machine, and the
-Triton kernels of the ops that have them, on a GPU if there is one and interpreted if not.
+Triton and CUDA kernels of the ops that have them, on a GPU if there is one; if not, interpreted and emulated.
 
 PYEXT_TEST_BACKENDS=reference,cpu-avx2 narrows the list. A backend that comes later joins by adding its name here.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ class Backend:
         return dtype == torch.float64 != self.widest
 
     @property
+    def emulated(self) -> bool:
+        """Whether its launchers are called past csrc/<op>.cpp, by simt.ops."""
+        return self.impl == "cuda" and self.device == "cpu"
+
+    @property
     def operators(self):
         """The namespace of its torch operators."""
         return torch.ops.pyext_triton if self.impl == "triton" else torch.ops.pyext
@@ -49,6 +55,10 @@ class Backend:
         """Run with this instruction set, and put the former one back; on a GPU, make fresh tensors there."""
         if self.device != "cpu":
             with torch.device(self.device):
+                yield self
+            return
+        if self.emulated:
+            with _emulated():
                 yield self
             return
         if self.isa is None:
@@ -83,6 +93,29 @@ def _triton() -> list[Backend]:
     return [Backend("triton")]
 
 
+def _cuda() -> list[Backend]:
+    from pyext import _native
+
+    if HAS_GPU:
+        return [] if _native.cuda_reason(torch.empty(0, device="cuda")) else [Backend("cuda", device="cuda")]
+    return [Backend("cuda")] if _native.module() and shutil.which("g++") and shutil.which("ninja") else []
+
+
+@contextmanager
+def _emulated():
+    """CPU tensors are taken for a GPU's, and the operators that get them run the CUDA sources on the emulator."""
+    from simt.ops import instead_of_cpu
+
+    from pyext import _native
+
+    reason, _native.cuda_reason = _native.cuda_reason, lambda tensor: None
+    try:
+        with instead_of_cpu(seed=torch.initial_seed() % 2**31):
+            yield
+    finally:
+        _native.cuda_reason = reason
+
+
 def _wanted(backends: list[Backend]) -> list[Backend]:
     names = os.environ.get("PYEXT_TEST_BACKENDS")
     return backends if not names else [b for b in backends if str(b) in names.split(",")]
@@ -103,13 +136,15 @@ def cpu_kernels_expected() -> bool:
 CPU = _wanted(_cpu())
 ALL = _wanted([Backend("reference")]) + CPU
 TRITON = _wanted(_triton())
+CUDA = _wanted(_cuda())
 
 
 def of(op: str) -> list[Backend]:
     """The implementations of an op."""
     from pyext import _dispatch
 
-    return ALL + (TRITON if "triton" in _dispatch._OPS[op].kernels else [])
+    kernels = _dispatch._OPS[op].kernels
+    return ALL + (TRITON if "triton" in kernels else []) + (CUDA if "cuda" in kernels else [])
 
 
 def as_parameters(backends: list[Backend]) -> list:

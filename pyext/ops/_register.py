@@ -76,8 +76,12 @@ def _launcher(module: str, name: str) -> Callable:
     return launch
 
 
-def once_differentiable(op: str) -> Callable:
+def once_differentiable(op: str, why: str | None = None) -> Callable:
     """The `autograd` of a backward op that has no derivative: an error that says so, where one is asked for."""
+    why = why or (
+        "the kernels have no second derivative (double backward); "
+        "call it with impl='reference' where gradients of gradients are needed"
+    )
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -86,9 +90,6 @@ def once_differentiable(op: str) -> Callable:
 
         @staticmethod
         def backward(ctx, *grads):
-            raise RuntimeError(
-                f"pyext.{op}: the kernels have no second derivative (double backward); "
-                "call it with impl='reference' where gradients of gradients are needed"
-            )
+            raise RuntimeError(f"pyext.{op}: {why}")
 
     return lambda sibling, run, *args: Backward.apply(run, *args)

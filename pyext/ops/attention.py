@@ -165,6 +165,11 @@ def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
     if problem.dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
         problem = problem._replace(seed=seed)
+    return attend(problem, backend)
+
+
+def attend(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """out and lse of the flat problem, by a backend that was chosen before."""
     if backend == "reference":
         return _reference(problem)
     return _register.call(backend, "attention_forward", problem)

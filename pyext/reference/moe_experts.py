@@ -30,7 +30,7 @@ from .glu import gated
 def dispatch(problem: DispatchProblem) -> Tensor:
     """Forward pass of `DispatchProblem`: (N, H) in x's dtype."""
     # In fp32, so that a token's gradient, a sum over its rows, is rounded once.
-    return _rows(problem.x.to(acc_dtype(problem.x.dtype)), problem.source).to(problem.x.dtype)
+    return _padded(problem.x.to(acc_dtype(problem.x.dtype)))[problem.source.to(torch.int64)].to(problem.x.dtype)
 
 
 def combine(problem: CombineProblem) -> Tensor:
@@ -54,20 +54,21 @@ def experts(problem: ExpertsProblem) -> Tensor:
 def forward(problem: MoEProblem) -> Tensor:
     """Forward pass of `MoEProblem`: out (T, J) in x's dtype."""
     with _checks.without_autocast(problem.x.device):
-        xs = _rows(problem.x.to(acc_dtype(problem.x.dtype)), problem.source)
+        xs = _padded(problem.x.to(acc_dtype(problem.x.dtype)))[problem.source.to(torch.int64)]
         return _combined(_experts(xs, problem), problem).to(problem.x.dtype)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], and zeros where the index is -1: it finds the row that is put at the end."""
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])[index.to(torch.int64)]
+def _padded(x: Tensor) -> Tensor:
+    """x with a row of zeros at the end, where index -1 finds it."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
 
 
 def _combined(ys: Tensor, problem: CombineProblem | MoEProblem) -> Tensor:
     """sum_k weights[:, k] ys[position[:, k]], added in the order of k."""
-    out = ys.new_zeros(problem.position.shape[0], ys.shape[1])
-    for column in range(problem.position.shape[1]):
-        part = _rows(ys, problem.position[:, column])
+    ys, position = _padded(ys), problem.position.to(torch.int64)
+    out = ys.new_zeros(position.shape[0], ys.shape[1])
+    for column in range(position.shape[1]):
+        part = ys[position[:, column]]
         out = out + (part if problem.weights is None else problem.weights[:, column, None].to(ys.dtype) * part)
     return out
 

@@ -99,6 +99,10 @@ class Mask:
         """
         return None
 
+    def patterns(self, sizes: Sizes) -> _tables.Patterns:
+        """What blocks show: `visible`, packed into bits."""
+        return _tables.evaluated(self, sizes)
+
     def parts(self, sizes: Sizes) -> tuple[Part, ...] | None:
         """Disjoint parts that together are the mask, or None where no reordering makes ranges of it. See `Part`."""
         return None
@@ -263,8 +267,12 @@ def _contents(mask: Mask) -> tuple | None:
 
 @dataclass(frozen=True)
 class _Pair(Mask):
+    both: ClassVar[Callable[[Tensor, Tensor], Tensor]]  # of bools, or of bits
     first: Mask
     second: Mask
+
+    def visible(self, b, h, i, j, sizes):
+        return self.both(self.first.visible(b, h, i, j, sizes), self.second.visible(b, h, i, j, sizes))
 
     @property
     def closed(self):
@@ -274,15 +282,17 @@ class _Pair(Mask):
         first, second = self.first.kinds(sizes), self.second.kinds(sizes)
         return None if first is None or second is None else _tables.joint(first, second)
 
+    def patterns(self, sizes):
+        first, second = self.first.patterns(sizes), self.second.patterns(sizes)
+        return lambda row, columns: self.both(first(row, columns), second(row, columns))
+
 
 @dataclass(frozen=True)
 class And(_Pair):
     """See `Mask.__and__`."""
 
     label = "masks combined with &"
-
-    def visible(self, b, h, i, j, sizes):
-        return self.first.visible(b, h, i, j, sizes) & self.second.visible(b, h, i, j, sizes)
+    both = staticmethod(torch.bitwise_and)
 
     @property
     def reorders(self):
@@ -311,9 +321,7 @@ class Or(_Pair):
     """See `Mask.__or__`."""
 
     label = "masks combined with |"
-
-    def visible(self, b, h, i, j, sizes):
-        return self.first.visible(b, h, i, j, sizes) | self.second.visible(b, h, i, j, sizes)
+    both = staticmethod(torch.bitwise_or)
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,10 @@ class Documents(Mask):
     def _at(ids, b, position):
         return ids[position] if ids.dim() == 1 else ids[b if ids.shape[0] != 1 else 0, position]
 
+    def patterns(self, sizes):
+        own = self._ids("ids_q", self.ids_q, sizes.queries, sizes)
+        return _tables.ranges(self._ids("ids_k", self.ids_k, sizes.keys, sizes), own, own, sizes)
+
     def lower(self, sizes):
         if sizes.varlen:
             raise ValueError(not_packed(self.label))

@@ -127,6 +127,9 @@ class _Ranges:
             shown = shown | ((j >= low[row, i]) & (j < high[row, i]))
         return shown
 
+    def patterns(self, sizes):
+        return _tables.evaluated(self, sizes)
+
     def kinds(self, sizes):
         """Blocks that no range touches, and blocks that one covers for all queries, need no look."""
         rows, columns = _tables.blocks(sizes.queries), _tables.blocks(sizes.keys)

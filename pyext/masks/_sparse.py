@@ -214,6 +214,11 @@ class Permutation(Mask):
         earlier, own = rank[b, j], rank[b, i + (sizes.keys - sizes.queries)]
         return earlier < own if self.exclude_self else earlier <= own
 
+    def patterns(self, sizes):
+        rank = self._ranks(sizes)
+        own = rank[:, sizes.keys - sizes.queries :]
+        return _tables.ranges(rank, None, own - 1 if self.exclude_self else own, sizes)
+
     def parts(self, sizes):
         """Causal attention, in factorisation order."""
         rank = self._ranks(sizes)

@@ -5,7 +5,9 @@ the Lq x Lk predicate never stands in memory; of blocks that a mask declares ali
 evaluated, and equal bitmaps are stored once.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,11 @@ from .._primitives import BLOCK, Sizes
 _EMPTY, _FULL = -2, -1  # states of a block; from 0 on, rows of `block_bits`
 _BYTES = BLOCK // 8
 _STRIPE = 64  # blocks of a row that are evaluated together: 1 MiB of bools per batch row and head
+
+
+#: (row of blocks, columns of blocks (C,)) -> their patterns, uint8 (B|1, Hq|1, C, BLOCK, BLOCK / 8); bit c % 8 of byte
+#: c // 8 is key c, and what lies beyond the last query or key is 0.
+Patterns = Callable[[int, Tensor], Tensor]
 
 
 class BlockTable(NamedTuple):
@@ -32,7 +39,8 @@ def _on_cpu(function):
 
     @functools.wraps(function)
     def wrapped(*args):
-        with torch.device("cpu"):
+        there = torch.get_default_device().type == "cpu"  # each operation within a torch.device costs some microseconds
+        with contextlib.nullcontext() if there else torch.device("cpu"):
             return function(*args)
 
     return wrapped
@@ -74,13 +82,13 @@ def build(mask, sizes: Sizes) -> BlockTable:
     every = torch.arange(rows * columns)
     first = torch.full(number.shape, rows * columns).scatter_reduce_(0, kinds.flatten(), every, "amin")
     first, order = first.sort()
-    bitmaps, states = _Bitmaps(), []
+    bitmaps, states, patterns = _Bitmaps(), [], mask.patterns(sizes)
     start = 0
     for row, size in enumerate(torch.bincount(first // max(columns, 1), minlength=rows).tolist()):
         for begin in range(start, start + size, _STRIPE):
             some = slice(begin, min(begin + _STRIPE, start + size))
-            visible = _stripe(mask, sizes, row, first[some] % columns)
-            states.append((order[some], bitmaps.states(*visible)))
+            which = first[some] % columns
+            states.append((order[some], bitmaps.states(patterns(row, which), _exists(row, which, sizes))))
         start += size
     batch, heads = (max((state.shape[d] for _, state in states), default=1) for d in (0, 1))
     state = torch.full((batch, heads, number.numel()), _EMPTY)
@@ -90,32 +98,83 @@ def build(mask, sizes: Sizes) -> BlockTable:
     return BlockTable(*(tensor.to(home) for tensor in table))
 
 
-def _stripe(mask, sizes: Sizes, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed patterns (B|1, Hq|1, columns, BLOCK, BLOCK / 8) of some blocks of a row, and which bits exist at all."""
+def evaluated(mask, sizes: Sizes) -> Patterns:
+    """The patterns of mask.visible, which is called on some blocks of a row at once."""
     device = sizes.device
-    i = torch.arange(row * BLOCK, min((row + 1) * BLOCK, sizes.queries), device=device)
-    j = (columns[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
-    j = j[j < sizes.keys].to(device)  # only the last column can be cut off, and it comes last
     b, h = torch.arange(sizes.batch, device=device), torch.arange(sizes.heads, device=device)
-    visible = mask.visible(b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), i.view(1, 1, -1, 1), j.view(1, 1, 1, -1), sizes)
-    _checks.boolean(mask.label, visible)
-    visible = _checks.broadcastable(mask.label, visible, (sizes.batch,), sizes.heads, i.numel(), j.numel())
-    whole = i.numel() == BLOCK and j.numel() == columns.numel() * BLOCK
-    exists = visible.new_ones((1, 1, 1, 1) if whole else (1, 1, i.numel(), j.numel()))
-    return tuple(_pack(x, i.numel(), j.numel(), columns.numel()) for x in (visible, exists))
+
+    def patterns(row: int, columns: Tensor) -> Tensor:
+        i = torch.arange(row * BLOCK, min((row + 1) * BLOCK, sizes.queries), device=device)
+        j = _keys(columns)
+        j = j[j < sizes.keys].to(device)  # only the last column can be cut off, and it comes last
+        visible = mask.visible(
+            b.view(-1, 1, 1, 1), h.view(1, -1, 1, 1), i.view(1, 1, -1, 1), j.view(1, 1, 1, -1), sizes
+        )
+        _checks.boolean(mask.label, visible)
+        visible = _checks.broadcastable(mask.label, visible, (sizes.batch,), sizes.heads, i.numel(), j.numel())
+        shape = (*visible.shape[:2], BLOCK, columns.numel() * BLOCK)
+        if visible.shape != shape or not visible.is_contiguous() or visible.storage_offset() % 8:
+            padded = visible.new_zeros(shape)
+            padded[..., : i.numel(), : j.numel()] = visible
+            visible = padded
+        return _pack(visible).unflatten(-1, (-1, _BYTES)).transpose(2, 3).contiguous()
+
+    return patterns
 
 
-def _pack(visible: Tensor, queries: int, keys: int, columns: int) -> Tensor:
-    """bool (B, H, queries|1, keys|1) -> uint8 (B, H, columns, BLOCK, BLOCK / 8): bit c % 8 of byte c // 8 is key c."""
-    batch, heads = visible.shape[:2]
-    padded = visible
-    if visible.shape[2:] != (BLOCK, columns * BLOCK) or not visible.is_contiguous() or visible.storage_offset() % 8:
-        padded = visible.new_zeros((batch, heads, BLOCK, columns * BLOCK))
-        padded[..., :queries, :keys] = visible
+def ranges(values: Tensor, low: Tensor | None, high: Tensor, sizes: Sizes) -> Patterns:
+    """The patterns of a mask in which query i sees the keys with low_i <= value <= high_i.
+
+    With the keys of a column of blocks sorted by value, a query sees those from a first to a last one, and its row of
+    the pattern is the difference of two of the 129 rows in which the first 0, 1, ... 128 of them are seen.
+
+    Args:
+        values: (B|1, Lk) integers.
+        low, high: (B|1, Lq) integers, low <= high; low=None: no limit.
+    """
+    device, columns = values.device, blocks(sizes.keys)
+    ends = [(x, past) for x, past in ((low, False), (high, True)) if x is not None]
+    batch = max(values.shape[0], high.shape[0])
+    values, order = values.expand(batch, -1).sort(dim=-1)
+    # How many of the first n of all keys are in a column.
+    number = torch.zeros((batch, columns, sizes.keys + 1), dtype=torch.uint8, device=device)
+    number[:, :, 1:].scatter_(1, (order // BLOCK)[:, None], 1)
+    number = number.cumsum(-1, dtype=torch.uint8).flatten()
+    # The keys of a column in their order (those beyond the last come last), and the rows that the first of them make.
+    place = torch.nn.functional.pad(order.argsort(dim=-1), (0, columns * BLOCK - sizes.keys), value=sizes.keys)
+    key = place.view(batch, columns, BLOCK, 1).argsort(dim=2)
+    seen = torch.zeros((batch, columns, BLOCK + 1, _BYTES), dtype=torch.uint8, device=device)
+    seen[:, :, 1:].scatter_(3, key // 8, (1 << key % 8).to(torch.uint8))
+    seen = seen.cumsum(2, dtype=torch.uint8).view(torch.int64).view(-1, _BYTES // 8)
+    # How many of all keys come before the range, and up to its end; beyond the last query, none.
+    ends = [torch.searchsorted(values, x.expand(batch, -1).contiguous(), right=past) for x, past in ends]
+    ends = [torch.nn.functional.pad(x, (0, -sizes.queries % BLOCK)).view(batch, 1, -1, BLOCK) for x in ends]
+    offset = torch.arange(batch, device=device).view(-1, 1, 1) * columns
+
+    def patterns(row: int, which: Tensor) -> Tensor:
+        column = offset + which.to(device).view(1, -1, 1)
+        rows = (seen[(column * (BLOCK + 1) + number[column * (sizes.keys + 1) + x[:, :, row]]).flatten()] for x in ends)
+        return functools.reduce(torch.bitwise_xor, rows).view(torch.uint8).view(batch, 1, -1, BLOCK, _BYTES)
+
+    return patterns
+
+
+def _keys(columns: Tensor) -> Tensor:
+    return (columns[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+
+
+def _exists(row: int, columns: Tensor, sizes: Sizes) -> Tensor:
+    """Patterns (columns|1, BLOCK|1, BLOCK / 8) in which all queries see all keys."""
+    keys = _pack(_keys(columns) < sizes.keys).view(-1, 1, _BYTES)
+    queries = torch.arange(row * BLOCK, (row + 1) * BLOCK) < sizes.queries
+    return (keys * queries[:, None]).to(sizes.device)
+
+
+def _pack(visible: Tensor) -> Tensor:
+    """bool (..., 8 n) -> uint8 (..., n): bit c % 8 of byte c // 8 is number c."""
     # Eight bools are eight bytes of 0 or 1; the product moves bit 8 c to bit 56 + c, without carries on the way.
-    eight = padded.view(torch.uint8).view(torch.int64)
-    byte = ((eight * 0x0102040810204080) >> 56).to(torch.uint8)
-    return byte.view(batch, heads, BLOCK, columns, _BYTES).transpose(2, 3).contiguous()
+    eight = visible.view(torch.uint8).view(torch.int64)
+    return ((eight * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
 def unpack(bits: Tensor) -> Tensor:

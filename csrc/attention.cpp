@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "tensors.h"
+#include "rotary_tensors.h"
 
 namespace pyext {
 namespace {
@@ -206,6 +206,17 @@ struct Arguments {
   }
 };
 
+// What rotates query and key.
+struct Rotation {
+  const Tensor &cos_q, &sin_q;
+  const MaybeTensor& positions_q;
+  const Tensor &cos_k, &sin_k;
+  const MaybeTensor& positions_k;
+  const bool interleaved;
+};
+
+// `rotation`: the members of a Rotation, or nothing.
+template <class... Rotary>
 std::tuple<Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& dense, const MaybeTensor& diag,
     const MaybeTensor& diag_index, const MaybeTensor& rel_query, const MaybeTensor& rel_q, const MaybeTensor& rel_k,
@@ -213,7 +224,7 @@ std::tuple<Tensor, Tensor> attention_forward(
     const MaybeTensor& segment_k, const MaybeTensor& mask, const MaybeTensor& intervals,
     const MaybeTensor& block_offsets, const MaybeTensor& block_index, const MaybeTensor& block_bits,
     const MaybeTensor& sinks, const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k, const MaybeTensor& seed,
-    int64_t left, int64_t right, double scale, double softcap, double dropout_p) {
+    int64_t left, int64_t right, double scale, double softcap, double dropout_p, Rotary... rotation) {
   Arguments a{query,     key,           value,       dense,      diag,      diag_index,   rel_query,
               rel_q,     rel_k,         rel_index,   segment,    segment_q, segment_k,    mask,
               intervals, block_offsets, block_index, block_bits, sinks,     cu_seqlens_q, cu_seqlens_k,
@@ -222,9 +233,22 @@ std::tuple<Tensor, Tensor> attention_forward(
   Tensor out = empty_rows(a.query, p.batch, p.heads, p.q_len, p.value_dim, false);
   Tensor lse = empty(a.query, {p.batch, p.heads, p.q_len}, ScalarType::Double);
   p.out = view<Output>(out), p.lse = static_cast<double*>(lse.mutable_data_ptr());
-  kernels().attention_forward(p, parallel());
+  if constexpr (sizeof...(rotation) > 0) {
+    STD_TORCH_CHECK(!p.rel_index, "relative rows would have to say which query and key they mean");
+    const Rotation r{rotation...};
+    RotaryTables of_query{r.cos_q, r.sin_q, r.positions_q}, of_key{r.cos_k, r.sin_k, r.positions_k};
+    const RotaryProblem query_by = of_query.problem(a.query, r.interleaved, false),
+                        key_by = of_key.problem(a.key, r.interleaved, false);
+    p.rotate_query = &query_by, p.rotate_key = &key_by;
+    kernels().attention_forward(p, parallel());
+  } else {
+    kernels().attention_forward(p, parallel());
+  }
   return {out, lse};
 }
+
+constexpr auto rotated_forward = &attention_forward<const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
+                                                    const Tensor&, const MaybeTensor&, bool>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -299,6 +323,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("attention_forward(Tensor query, Tensor key, Tensor value, " PYEXT_ATTENTION_PROBLEM ") -> (Tensor, Tensor)");
+  m.def("attention_rotated_forward(Tensor query, Tensor key, Tensor value, " PYEXT_ATTENTION_PROBLEM
+        ", Tensor cos_q, Tensor sin_q, Tensor? positions_q, Tensor cos_k, Tensor sin_k, Tensor? positions_k, "
+        "bool interleaved) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, " PYEXT_ATTENTION_PROBLEM
@@ -308,7 +335,8 @@ STABLE_TORCH_LIBRARY(pyext, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_forward", TORCH_BOX(&attention_forward<>));
+  m.impl("attention_rotated_forward", TORCH_BOX(rotated_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
 

@@ -6,7 +6,7 @@
 //   lo_i <= j < hi_i and mask(i, j) and the bit (i, j) of the block table is set;
 //   P = dropout(softmax(S, with sinks as one more logit)), out = P v, lse = log(sum(exp(S)))
 #pragma once
-#include "strided.h"
+#include "rotary.h"
 
 namespace pyext {
 
@@ -17,6 +17,8 @@ struct AttentionProblem {
   DType dtype = DType::f32;  // of query, key, value, out and their gradients; "accumulator type": f64 for f64, else f32
   int64_t batch = 0, heads = 0, kv_heads = 0, q_len = 0, k_len = 0, head_dim = 0, value_dim = 0;
   Input query, key, value;
+  const RotaryProblem *rotate_query = nullptr, *rotate_key = nullptr;  // forward without relative rows only: what to
+                                                                       // rotate them by first; null: nothing
   Output out;
   double* lse = nullptr;  // (batch, heads, q_len) contiguous, natural logarithm
 

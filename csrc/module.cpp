@@ -80,7 +80,8 @@ double peak_flops(const std::string& dtype, double seconds) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of pyext: importing it registers torch.ops.pyext; import torch first.";
-  m.def("build_info", &build_info, "version, compiler, torch_target, the compiled isas and, if there are CUDA kernels, their compiler, as a dict");
+  m.def("build_info", &build_info,
+        "version, compiler, torch_target, the compiled isas and, if there are CUDA kernels, their compiler, as a dict");
   m.def("cpu_features", &cpu_features, "the instruction-set extensions of this CPU that the kernels can use");
   m.def("isa", &isa, "name of the instruction set in use, or an empty string");
   m.def("available_isas", [] { return isa_names(/*only_usable=*/true); }, "compiled and usable here, slowest first");

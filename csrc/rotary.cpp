@@ -1,11 +1,9 @@
 // The rotary op: schema, checks of invariants, torch tensors -> RotaryProblem -> the kernels of the active instruction
 // set, or of the GPU. Friendly messages come from Python (pyext/ops/rotary.py); what is checked here protects memory.
-#include "rotary.h"
-
 #include <tuple>
 #include <utility>
 
-#include "tensors.h"
+#include "rotary_tensors.h"
 
 namespace pyext {
 namespace {
@@ -25,54 +23,11 @@ Tensor empty_in_order_of(const Tensor& x) {
   return out;
 }
 
-RotaryProblem problem_of(const Tensor& x, int64_t half, bool interleaved, bool inverse) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions");
-  RotaryProblem p;
-  p.dtype = dtype_of(x);
-  p.batch = x.size(0), p.heads = x.size(1), p.length = x.size(2), p.head_dim = x.size(3);
-  STD_TORCH_CHECK(half >= 0 && 2 * half <= p.head_dim, "the tables must have at most half as many columns as x");
-  p.half = half, p.interleaved = interleaved, p.inverse = inverse;
-  p.x = view<Input>(x);
-  return p;
-}
-
-void add_positions(RotaryProblem& p, const Tensor& x, const MaybeTensor& positions, int64_t rows) {
-  p.table_rows = rows;
-  if (!positions) {
-    STD_TORCH_CHECK(rows >= p.length, "the tables must have a row for every row of x");
-    return;
-  }
-  STD_TORCH_CHECK(positions->scalar_type() == ScalarType::Long && positions->dim() == 2 &&
-                      (positions->size(0) == p.batch || positions->size(0) == 1) && positions->size(1) == p.length,
-                  "positions must be int64 (batch or 1, length)");
-  STD_TORCH_CHECK(same_device(*positions, x), "positions must be on x's device");
-  p.positions = static_cast<const int64_t*>(positions->const_data_ptr());
-  p.positions_batch = positions->size(0) == 1 ? 0 : p.length;
-  if (positions->is_cuda()) return;  // to read them would be to wait for the device: the kernel looks at each
-  for (int64_t n = 0; n < positions->numel(); ++n)
-    STD_TORCH_CHECK(p.positions[n] >= 0 && p.positions[n] < rows, "positions must lie in [0, rows of the tables)");
-}
-
-Input table(const Tensor& t) {
-  Input v;
-  v.data = t.const_data_ptr();
-  v.batch = t.dim() == 2 || t.size(0) == 1 ? 0 : t.stride(0), v.row = t.stride(t.dim() - 2);
-  return v;
-}
-
 Tensor rotary_forward(const Tensor& x, const Tensor& cos, const Tensor& sin, const MaybeTensor& positions,
                       bool interleaved, bool inverse) {
-  Tensor input = readable(x), c = readable(cos), s = readable(sin);
-  const int64_t dims = c.dim();
-  STD_TORCH_CHECK((dims == 2 || dims == 3) && s.dim() == dims && c.scalar_type() == s.scalar_type(),
-                  "cos and sin must have the same 2 or 3 dimensions and the same dtype");
-  STD_TORCH_CHECK(same_device(c, input) && same_device(s, input), "cos and sin must be on x's device");
-  for (int64_t d = 0; d < dims; ++d) STD_TORCH_CHECK(c.size(d) == s.size(d), "cos and sin must have the same shape");
-  RotaryProblem p = problem_of(input, c.size(-1), interleaved, inverse);
-  STD_TORCH_CHECK(dims == 2 || c.size(0) == 1 || c.size(0) == p.batch, "cos must have x's batch size, or 1");
-  const MaybeTensor rows = contiguous(positions);
-  add_positions(p, input, rows, c.size(dims - 2));
-  p.cos = table(c), p.sin = table(s), p.table_dtype = dtype_of(c);
+  Tensor input = readable(x);
+  RotaryTables tables{cos, sin, positions};
+  RotaryProblem p = tables.problem(input, interleaved, inverse);
   Tensor out = empty_in_order_of(x);
   use_huge_pages(out);
   p.out = view<Output>(out);
@@ -94,7 +49,7 @@ std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad, const Tensor& x, 
                                            int64_t table_batch, int64_t table_rows, int64_t half, bool interleaved,
                                            bool inverse) {
   Tensor input = readable(x), upstream = readable(grad);
-  RotaryProblem p = problem_of(input, half, interleaved, inverse);
+  RotaryProblem p = rotary_problem(input, half, interleaved, inverse);
   STD_TORCH_CHECK(upstream.dim() == 4 && upstream.scalar_type() == input.scalar_type() && upstream.size(0) == p.batch &&
                       upstream.size(1) == p.heads && upstream.size(2) == p.length && upstream.size(3) == p.head_dim &&
                       same_device(upstream, input),

@@ -87,6 +87,24 @@ def test_opcheck_forward(name, cpu):
         torch.library.opcheck(torch.ops.pyext.attention_forward.default, (*tensors, *named.values()))
 
 
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck_rotated(name, cpu):
+    for requires_grad in (False, True):
+        tensors, named = ARGUMENTS[name](requires_grad)
+        query, key = tensors[:2]
+        tables = torch.randn(2, max(query.shape[2], key.shape[2]), 3, requires_grad=requires_grad).unbind()
+        positions = torch.zeros(1, key.shape[2], dtype=torch.int64)
+        arguments = *tensors, *named.values(), *tables, None, *tables, positions, False
+        torch.library.opcheck(torch.ops.pyext.attention_rotated_forward.default, arguments)
+
+
+def test_rotated_takes_no_relative_rows(cpu):
+    tensors, named = op_arguments(rel_k=torch.randn(1, 4, 21, 8), rel_index=torch.arange(21).int())
+    tables = torch.randn(2, 13, 3).unbind()
+    with pytest.raises(RuntimeError, match="relative rows"):
+        torch.ops.pyext.attention_rotated_forward(*tensors, *named.values(), *tables, None, *tables, None, False)
+
+
 def backward_arguments(tensors, named):
     out, lse = torch.ops.pyext.attention_forward(*tensors, *named.values())
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)

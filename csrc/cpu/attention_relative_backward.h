@@ -111,7 +111,8 @@ struct RelativeGradients {
     if (single) return sum(q0, k0, columns, used_rows);
 #if defined(__AVX512BF16__)
     if constexpr (pair == 2) {
-      const int64_t from = vertical ? 1 - row_margin : 0, to = used_rows + (vertical ? row_margin - 1 : 0);
+      // Rows further up and down are zero, unless a longer block was here before.
+      const int64_t from = vertical ? -1 : 0, to = vertical && used_rows < MB ? used_rows + row_margin - 1 : used_rows;
       for (int64_t i = from; i < to; i += vertical ? 1 : 2)
         for (int64_t c = columns.lo - margin; c < columns.hi + margin; c += 2 * W) {
           const Element* at = ds + i * LD + c;
@@ -234,12 +235,21 @@ struct RelativeGradients {
   static void reduce(const AttentionProblem& p, const Span& s, const T* sums, int64_t sum_rows, T* gradient) {
     if (s.q_len == 0 || s.k_len == 0) return;
     const int32_t* index = p.rel_index + p.k_len - s.k_len;
-    for (int64_t e = 0; e < s.q_len + s.k_len - 1; ++e) {
-      T* to = gradient + index[e] * p.head_dim;
-      const T* from = sums + (e + distance_margin) * NR;
-      for (int64_t f = 0; f < p.head_dim; f += NR, from += sum_rows * NR) {
-        const int64_t n = min_of<int64_t>(NR, p.head_dim - f);
-        for (int64_t d = 0; d < n; ++d) to[f + d] += T(p.scale) * from[d];
+    const int64_t length = s.q_len + s.k_len - 1;
+    for (int64_t e = 0, end; e < length; e = end) {  // neighbours that share a row are added up first
+      for (end = e + 1; end < length && index[end] == index[e];) ++end;
+      for (int64_t f = 0; f < p.head_dim; f += W) {
+        const T* from = sums + (f / NR * sum_rows + distance_margin) * NR + f % NR;
+        Vec<T> total = vload(from + e * NR);
+        for (int64_t i = e + 1; i < end; ++i) total = vadd(total, vload(from + i * NR));
+        T *to = gradient + index[e] * p.head_dim + f, lane[W];
+        total = vmul(total, vset(T(p.scale)));
+        if (f + W <= p.head_dim) {
+          vstore(to, vadd(vload(to), total));
+          continue;
+        }
+        vstore(lane, total);
+        for (int64_t d = 0; d < p.head_dim - f; ++d) to[d] += lane[d];
       }
     }
   }

@@ -70,6 +70,17 @@ INLINE D vmin(D a, D b) { return _mm512_min_pd(a, b); }
 // Neighbours exchanged: lanes 1, 0, 3, 2, ...
 INLINE F vswap(F v) { return _mm512_permute_ps(v, 0xB1); }
 INLINE D vswap(D v) { return _mm512_permute_pd(v, 0x55); }
+// a b - c in even lanes, a b + c in odd ones.
+INLINE F vfmaddsub(F a, F b, F c) { return _mm512_fmaddsub_ps(a, b, c); }
+INLINE D vfmaddsub(D a, D b, D c) { return _mm512_fmaddsub_pd(a, b, c); }
+// Half as many values as there are lanes, each of them twice.
+INLINE F vload_twice(const float* p) {
+  const __m512i lane = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return _mm512_permutexvar_ps(lane, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
+INLINE D vload_twice(const double* p) {
+  return _mm512_permutexvar_pd(_mm512_set_epi64(3, 3, 2, 2, 1, 1, 0, 0), _mm512_castpd256_pd512(_mm256_loadu_pd(p)));
+}
 INLINE float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
 INLINE double reduce_max(D v) { return _mm512_reduce_max_pd(v); }
 INLINE float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
@@ -235,6 +246,13 @@ INLINE F vmin(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE D vmin(D a, D b) { return _mm256_min_pd(a, b); }
 INLINE F vswap(F v) { return _mm256_permute_ps(v, 0xB1); }
 INLINE D vswap(D v) { return _mm256_permute_pd(v, 0x5); }
+INLINE F vfmaddsub(F a, F b, F c) { return _mm256_fmaddsub_ps(a, b, c); }
+INLINE D vfmaddsub(D a, D b, D c) { return _mm256_fmaddsub_pd(a, b, c); }
+INLINE F vload_twice(const float* p) {
+  const __m256 half = _mm256_castps128_ps256(_mm_loadu_ps(p));
+  return _mm256_permutevar8x32_ps(half, _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0));
+}
+INLINE D vload_twice(const double* p) { return _mm256_permute4x64_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), 0x50); }
 INLINE float reduce_max(F v) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -423,7 +441,7 @@ INLINE D vtanh(D x) {
   return by_lane(x, [](double y) { return __builtin_tanh(y); });
 }
 
-INLINE int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+constexpr INLINE int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 INLINE const char* row_address(const Input& t, DType dtype, int64_t batch, int64_t head, int64_t row) {
   return (const char*)t.data + (batch * t.batch + head * t.head + row * t.row) * element_size(dtype);
 }

@@ -74,7 +74,19 @@ class _Attention(torch.autograd.Function):
         return None, None, *found
 
 
+def _rotated(sibling, run, *inputs):
+    """`attention_rotated_forward`: without a gradient its own kernel, else two ops that know their derivatives."""
+    if not _register.is_recorded(inputs):
+        return run(*inputs)
+    query, key, *rest = inputs[:_ARGUMENTS]
+    *tables, interleaved = inputs[_ARGUMENTS:]
+    rotate = sibling("rotary_forward")
+    query, key = (rotate(x, *t, interleaved, False) for x, t in ((query, tables[:3]), (key, tables[3:])))
+    return sibling("attention_forward")(query, key, *rest)
+
+
 def register() -> None:
     """Attach fakes and autograd to the ops; the native module must be loaded."""
     _register.register("attention_forward", _forward_fake, _Attention.apply)
+    _register.register("attention_rotated_forward", _forward_fake, _rotated)
     _register.register("attention_backward", _backward_fake, _register.once_differentiable("attention"))

@@ -153,11 +153,10 @@ class _Call(NamedTuple):
 def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
     """Choose the backend and call it: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), which kernels give in fp64."""
     problem, rotation = call.problem, call.rotation
-    if rotation is None:
-        backend = _dispatch.choose(op, impl, problem)
-    else:
-        backend = _dispatch.choose(op, impl, (*problem, *rotation.query, *rotation.key))
-        problem = rotation.apply(problem, backend)
+    backend = _dispatch.choose(op, impl, problem if rotation is None else (*problem, *rotation.query, *rotation.key))
+    # The CPU kernels rotate what they read themselves, unless the keys are to be gathered in another order.
+    if rotation is not None and (backend != "cpu" or call.reordered is not None):
+        problem, rotation = rotation.apply(problem, backend), None
     if call.reordered is not None:
         if backend != "reference":
             return _passes.attend(problem, call.reordered.passes, backend)
@@ -172,6 +171,8 @@ def attend(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """out and lse of the flat problem, by a backend that was chosen before."""
     if backend == "reference":
         return _reference(problem)
+    if rotation is not None:
+        return _register.call(backend, "attention_rotated_forward", (*problem, *rotation.arguments()))
     return _register.call(backend, "attention_forward", problem)
 
 

@@ -155,6 +155,11 @@ class Rotation(NamedTuple):
         """The attention problem with query and key rotated, by the backend that will attend."""
         return problem._replace(query=rotate(self.query, backend), key=rotate(self.key, backend))
 
+    def arguments(self) -> tuple:
+        """What `attention_rotated_forward` takes after those of `attention_forward`."""
+        tables = ((part.cos, part.sin, part.positions) for part in self)
+        return *next(tables), *next(tables), self.query.interleaved
+
 
 def lower(
     value: Rotary | None, names: tuple[str, str], query: Tensor, key: Tensor, cu_seqlens_q=None, cu_seqlens_k=None

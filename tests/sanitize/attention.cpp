@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <thread>
 #include <utility>
@@ -36,7 +37,7 @@ struct Case {
   int64_t sequences = 0;
   DType dense_dtype;
   bool dense, diag, diag_index, mask, intervals, sinks, grad_lse;
-  bool rel_q, rel_k, own_rel_query, segment;
+  bool rel_q, rel_k, own_rel_query, segment, rotates, interleaved;
   Index rel_index;
   Blocks blocks;
   double softcap, dropout;
@@ -82,6 +83,8 @@ Case make_case(Random& random) {
     c.segment = !c.sequences && random.one_in(3);
     if (!c.sequences) c.blocks = static_cast<Blocks>(random.below(4));
   }
+  c.rotates = !c.rel_q && !c.rel_k && random.one_in(3);
+  c.interleaved = random.one_in(2);
   c.seed = random.next();
   return c;
 }
@@ -110,6 +113,8 @@ std::string describe(const Case& c) {
                                                 {c.intervals, " intervals"},
                                                 {c.grad_lse, " grad_lse"},
                                                 {c.segment, " segment"},
+                                                {c.rotates, " rotates"},
+                                                {c.rotates && c.interleaved, " interleaved"},
                                                 {c.rel_q, " rel_q"},
                                                 {c.rel_k, " rel_k"},
                                                 {c.rel_q && c.own_rel_query, " own_rel_query"}};
@@ -169,9 +174,10 @@ struct Instance {
     add_relative();
     add_segments();
     add_sequences();
+    if (c_.rotates) add_rotation();
   }
 
-  // Runs forward and backward; the results by name, as numbers.
+  // Runs forward (once more with rotated queries and keys) and backward; the results by name, as numbers.
   std::map<std::string, std::vector<double>> run(const KernelTable& kernels, const Parallel& parallel) {
     for (Result& result : results_) {
       result.memory->fill_nan();
@@ -179,19 +185,18 @@ struct Instance {
     }
     std::vector<std::vector<char>> before;
     for (const auto& memory : inputs_) before.push_back(memory->bytes());
+    std::map<std::string, std::vector<double>> values;
+    if (c_.rotates) {
+      AttentionProblem rotated = problem;
+      rotated.rotate_query = &rotate_query_, rotated.rotate_key = &rotate_key_;
+      kernels.attention_forward(rotated, parallel);
+      for (Result& result : results_)
+        if (result.name == "out" || result.name == "lse") values["rotated " + result.name] = take(result);
+    }
     kernels.attention_forward(problem, parallel);
     kernels.attention_backward(problem, parallel);
     for (size_t i = 0; i < inputs_.size(); ++i) require(inputs_[i]->bytes() == before[i], "an input was written");
-    std::map<std::string, std::vector<double>> values;
-    for (Result& result : results_) {
-      std::vector<double>& list = values[result.name];
-      result.view.for_each([&](int64_t offset) {
-        list.push_back(result.memory->get(offset));
-        require(!std::isnan(list.back()), result.name + " has a NaN, or was not written everywhere");
-        result.memory->set_nan(offset);
-      });
-      require(result.memory->all_nan(), result.name + ": something beside its elements was written");
-    }
+    for (Result& result : results_) values[result.name] = take(result);
     return values;
   }
 
@@ -204,6 +209,18 @@ struct Instance {
     std::unique_ptr<Memory> memory;
     bool zeroed;  // the kernel adds to it
   };
+
+  // The elements of a result, all of which were written, and nothing beside them; NaN again afterwards.
+  static std::vector<double> take(Result& result) {
+    std::vector<double> list;
+    result.view.for_each([&](int64_t offset) {
+      list.push_back(result.memory->get(offset));
+      require(!std::isnan(list.back()), result.name + " has a NaN, or was not written everywhere");
+      result.memory->set_nan(offset);
+    });
+    require(result.memory->all_nan(), result.name + ": something beside its elements was written");
+    return list;
+  }
 
   View layout(int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
     return View::make(batch, heads, rows, columns, random_.below(2), random_.one_in(2) ? 0 : 1 + random_.below(5));
@@ -410,8 +427,30 @@ struct Instance {
     problem.cu_seqlens_k = cuts(c_.k_len);
   }
 
+  void add_rotation() {
+    const int64_t half = random_.below(c_.head_dim / 2 + 1), rows = std::max(c_.q_len, c_.k_len) + random_.below(3);
+    const DType dtype = random_.one_in(2) ? c_.accumulator() : static_cast<DType>(random_.below(4));
+    auto rotation = [&](const Input& x, int64_t heads, int64_t length) {
+      RotaryProblem p;
+      p.dtype = c_.dtype, p.table_dtype = dtype, p.interleaved = c_.interleaved;
+      p.batch = c_.batch, p.heads = heads, p.length = length, p.head_dim = c_.head_dim, p.half = half, p.x = x;
+      p.cos = {numbers(rows * half, dtype), 0, 0, half}, p.sin = {numbers(rows * half, dtype), 0, 0, half};
+      if (random_.one_in(2)) {
+        const int64_t batch = one_or(c_.batch);
+        positions_.emplace_back();
+        for (int64_t i = 0; i < batch * length; ++i) positions_.back().push_back(random_.below(rows));
+        p.positions = positions_.back().data(), p.positions_batch = batch == 1 ? 0 : length;
+      }
+      return p;
+    };
+    rotate_query_ = rotation(problem.query, c_.heads(), c_.q_len);
+    rotate_key_ = rotation(problem.key, c_.kv_heads, c_.k_len);
+  }
+
   Case c_;
   Random random_;
+  RotaryProblem rotate_query_, rotate_key_;
+  std::deque<std::vector<int64_t>> positions_;
   bool guard_before_;
   std::vector<std::unique_ptr<Memory>> inputs_, integers_, masks_;
   std::vector<Result> results_;

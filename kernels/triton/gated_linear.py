@@ -1,7 +1,7 @@
-"""Gated linear layers: act(x w_gate^T + b_gate) * (x w_up^T + b_up) as one GEMM with two accumulators and the activation
-in its epilogue; and the backward, whose first GEMM has the backward of the activation in its epilogue.
+"""Gated linear layers: act(x w_gate^T + b_gate) * (x w_up^T + b_up) as one GEMM with two accumulators and the
+activation in its epilogue; and the backward, whose first GEMM has the backward of the activation in its epilogue.
 
-The products of weights' gradients, and those that need nothing fused, are torch's (cuBLAS on a GPU).
+The products that give the gradients of weights, and others that need nothing fused, are torch's (cuBLAS on a GPU).
 """
 
 from typing import NamedTuple

@@ -44,8 +44,8 @@ def activation(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == SWIGLU:
         s = _sigmoid(x)
         return x * s, s + x * s * (1.0 - s)
-    else:
-        return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)  # NaN stays NaN
+    else:  # max(x, 0); NaN stays NaN
+        return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
 
 
 # --- Kernels. Offsets are 64 bits wide: a pointer to a row, then columns within it. ---
@@ -65,7 +65,7 @@ def _load_parts(
     gate, up, column, width, inside,
     GATE_FIRST: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up in fp32, from pointers to their rows [ROWS, 1] (gate's alone if interleaved). # 2 x [ROWS, COLUMNS]"""
+    """Gate and up in fp32, from pointers to their rows [ROWS, 1] (interleaved: one row). # 2 x [ROWS, COLUMNS]"""
     if INTERLEAVED:
         at = 2 * column + tl.arange(0, 2 * COLUMNS)[None, :]
         both = tl.load(gate + at, mask=inside & (at < 2 * width), other=0.0)

@@ -18,6 +18,7 @@ struct Mbarrier {
   std::vector<Thread*> waiting;
   // The copies that report here are one asynchronous unit, with steps of its own.
   uint32_t unit_steps = 0;
+  unsigned phase_of_last_copy = 0, phases_waited_for = 0;
   int initialiser;
   uint32_t initialised_at;
   bool init_fenced = false;
@@ -91,6 +92,7 @@ void start_load(void* shared, size_t bytes, uint64_t* barrier, const void* calle
     fail("copy that reports to an mbarrier whose initialisation was not fenced (%s)", source_line(caller).c_str());
   }
   const uint32_t step = ++mbarrier.unit_steps;
+  mbarrier.phase_of_last_copy = mbarrier.phase;
   const Actor unit{mbarrier.unit(), step, &thread.knowledge, caller, true};
   check_memory(unit, shared, bytes, Access::write, /*lasting=*/true);
   machine.asynchronous.push_back([=, &mbarrier] {
@@ -129,6 +131,15 @@ void finish_asynchronous(const Thread& thread) {
   if (!thread.copies.empty()) fail("the thread returns with cp.async groups that it has not waited for");
   if (!thread.stores.empty()) fail("the thread returns with TMA stores that it has not waited for");
   if (!thread.products.empty()) fail("the thread returns with wgmma groups that it has not waited for");
+}
+
+void finish_asynchronous_of_block() {
+  for (const auto& [offset, mbarrier] : mbarriers) {
+    if (mbarrier.unit_steps && mbarrier.phases_waited_for <= mbarrier.phase_of_last_copy) {
+      fail("the block ends and nobody waited for the last copy that reports to the mbarrier at shared offset %zu",
+           offset);
+    }
+  }
 }
 
 size_t swizzled(size_t offset, int span) {
@@ -211,6 +222,7 @@ bool mbarrier_try_wait(uint64_t* barrier, unsigned parity) {
     block("an mbarrier");
   }
   self().knowledge.join(mbarrier.gathered);
+  mbarrier.phases_waited_for = mbarrier.phase;
   return true;
 }
 

@@ -182,6 +182,7 @@ void gather_warp(unsigned mask, Collective kind, void* argument, void (*together
 // asynchronous.cpp
 void start_asynchronous_of_block();
 void finish_asynchronous(const Thread& thread);  // fails if the thread returns without having waited
+void finish_asynchronous_of_block();             // fails if nobody waited for a copy
 // Where TMA and wgmma with a swizzle of `span` bytes (0: none) put what an unswizzled layout has at this offset.
 size_t swizzled(size_t offset, int span);
 

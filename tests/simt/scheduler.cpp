@@ -107,6 +107,7 @@ void thread_main() {
   finish_asynchronous(thread);
   thread.done = true;
   --machine.live;
+  if (!machine.live) finish_asynchronous_of_block();
   // A thread that has returned no longer takes part in __syncthreads.
   if (barriers[0].arrived && barriers[0].arrived >= machine.live) release(barriers[0]);
   enter(next_thread());

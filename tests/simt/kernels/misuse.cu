@@ -71,6 +71,15 @@ __global__ void own_write_before_bulk_load(float* out) {
   ptx::bulk_load(shared, out, 16, barrier);
   ptx::mbarrier_wait(barrier, 0);
 }
+__global__ void nobody_waits_for_a_load(float* out) {
+  PYEXT_SHARED(float, shared);
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 64);
+  if (threadIdx.x) return;
+  ptx::mbarrier_init(barrier, 1);
+  ptx::fence_mbarrier_init();
+  ptx::mbarrier_expect(barrier, 16);
+  ptx::bulk_load(shared, out, 16, barrier);
+}
 __global__ void endless_wait(float*) {
   PYEXT_SHARED(uint64_t, shared);
   if (threadIdx.x) return;
@@ -113,6 +122,7 @@ const Misuse misuses[] = {
     PYEXT_MISUSE(barrier_without_init, "no mbarrier"),
     PYEXT_MISUSE(too_many_arrivals, "more arrivals"),
     PYEXT_MISUSE(own_write_before_bulk_load, "without fence.proxy.async"),
+    PYEXT_MISUSE(nobody_waits_for_a_load, "nobody waited"),
     PYEXT_MISUSE(endless_wait, "waits for an mbarrier"),
     PYEXT_MISUSE(lonely_warps, "the other warps"),
 };

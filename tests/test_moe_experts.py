@@ -11,6 +11,7 @@ import pyext
 from pyext import _checks
 from pyext._primitives import EXPERT_ACTIVATIONS
 from support import moe
+from support.cases import on_threads
 from support.tolerance import assert_close_to_reference
 
 NAMES = ("x", "weights", "w_gate_up", "w_down", "b_gate_up", "b_down")
@@ -281,6 +282,26 @@ def test_inputs_are_not_written():
     gradients(out, named, torch.ones_like(out))
     assert all(torch.equal(before[name], leaf) for name, leaf in leaves.items())
     assert all(torch.equal(a, b) for a, b in zip(kept, routing))
+
+
+def test_same_bits_at_any_number_of_threads():
+    """Routing, dispatch and combine, forward and backward (the products in between are PyTorch's)."""
+    torch.use_deterministic_algorithms(False)  # which would hide sums in the order of threads
+    logits, x = torch.randn(2000, 16), torch.randn(2000, 64)
+    grad = torch.randn(2000, 64)
+
+    def call(threads):
+        with on_threads(threads):
+            leaves = [t.clone().requires_grad_() for t in (logits, x)]
+            routing = pyext.moe.route(leaves[0], 4, capacity_factor=1.0, renormalize=True)
+            xs = pyext.moe.dispatch(leaves[1], routing)
+            out = pyext.moe.combine(xs * xs, routing)
+            total = (out * grad).sum() + routing.balance_loss + routing.z_loss
+            return (*routing, xs, out, *torch.autograd.grad(total, leaves))
+
+    first = call(1)
+    for threads in (2, 4, 2, 4):
+        assert all(torch.equal(a, b) for a, b in zip(first, call(threads)))
 
 
 # --- torch's ways of calling ---

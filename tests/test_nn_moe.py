@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -189,6 +191,14 @@ def test_compile():
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 8, 6)
     torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_the_call_of_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "moe.md").read_text()
+    names = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    names["loss"].backward()
+    assert names["out"].shape == (32, 16) and names["logits"].grad.isfinite().all()
 
 
 def test_refusals():

@@ -30,12 +30,12 @@ from .glu import gated
 def dispatch(problem: DispatchProblem) -> Tensor:
     """Forward pass of `DispatchProblem`: (N, H) in x's dtype."""
     # In fp32, so that a token's gradient, a sum over its rows, is rounded once.
-    return _padded(problem.x.to(acc_dtype(problem.x.dtype)))[problem.source.to(torch.int64)].to(problem.x.dtype)
+    return _rows(_padded(problem.x), problem.source).to(problem.x.dtype)
 
 
 def combine(problem: CombineProblem) -> Tensor:
     """Forward pass of `CombineProblem`: (T, J) in the dtype of ys."""
-    return _combined(problem.ys.to(acc_dtype(problem.ys.dtype)), problem).to(problem.ys.dtype)
+    return _combined(problem.ys, problem).to(problem.ys.dtype)
 
 
 def grouped_linear(problem: GroupedLinearProblem) -> Tensor:
@@ -54,21 +54,30 @@ def experts(problem: ExpertsProblem) -> Tensor:
 def forward(problem: MoEProblem) -> Tensor:
     """Forward pass of `MoEProblem`: out (T, J) in x's dtype."""
     with _checks.without_autocast(problem.x.device):
-        xs = _padded(problem.x.to(acc_dtype(problem.x.dtype)))[problem.source.to(torch.int64)]
+        xs = _rows(_padded(problem.x), problem.source)
         return _combined(_experts(xs, problem), problem).to(problem.x.dtype)
 
 
 def _padded(x: Tensor) -> Tensor:
-    """x with a row of zeros at the end, where index -1 finds it."""
+    """x in the accumulation dtype, with a row of zeros at the end."""
+    x = x.to(acc_dtype(x.dtype))
     return torch.cat([x, x.new_zeros(1, x.shape[1])])
 
 
+def _rows(padded: Tensor, index: Tensor) -> Tensor:
+    """The rows of that index; -1 finds the zeros.
+
+    Not padded[index], whose gradient on the CPU adds up in the order in which threads come by.
+    """
+    return padded.index_select(0, index.to(torch.int64) % padded.shape[0])
+
+
 def _combined(ys: Tensor, problem: CombineProblem | MoEProblem) -> Tensor:
-    """sum_k weights[:, k] ys[position[:, k]], added in the order of k."""
-    ys, position = _padded(ys), problem.position.to(torch.int64)
+    """sum_k weights[:, k] ys[position[:, k]], added in the order of k; in the accumulation dtype."""
+    ys, position = _padded(ys), problem.position
     out = ys.new_zeros(position.shape[0], ys.shape[1])
     for column in range(position.shape[1]):
-        part = ys[position[:, column]]
+        part = _rows(ys, position[:, column])
         out = out + (part if problem.weights is None else problem.weights[:, column, None].to(ys.dtype) * part)
     return out
 

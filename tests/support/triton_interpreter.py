@@ -311,6 +311,12 @@ def _set_grid_idx(stock, self, x, y, z):
     stock(self, *self.order[(x * ny + y) * nz + z])
 
 
+def _patch_lang_tensor(stock, tensor, scope):
+    """Scalars as bounds of a Python range: numpy refuses what Triton 3.6 does with them."""
+    stock(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 # --- Installation ---
 
 CHANGES = {
@@ -322,6 +328,7 @@ CHANGES = {
     interpreter.ReduceOps: (_apply_impl,),
     interpreter.ScanOps: (_apply_impl,),
     Executor: (_init_args_hst, _restore_args_dev),
+    interpreter: (_patch_lang_tensor,),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ INSTRUCTIONS = {
     "elementwise": ["LDG.E", "STG.E.128"],
     "reduce": ["SHFL", "BAR.SYNC", "ATOMS"],
     "gemm_sm80": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS", "DEPBAR"],
-    "gemm_sm90": ["HGMMA.64x64x16.F32", "UTMALDG.2D", "UTMASTG.2D", "SYNCS", "USETMAXREG"],
+    "gemm_sm90": ["HGMMA.64x128x16.F32", "UTMALDG.2D", "UTMASTG.2D", "SYNCS", "USETMAXREG"],
     "misuse": ["HGMMA.64x8x16.F32", "UBLKCP"],
 }
 

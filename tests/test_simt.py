@@ -16,6 +16,7 @@ CASES = [
     ("reduce", "histogram", {}),
     ("gemm_sm80", "gemm_sm80", {}),
     ("gemm_sm90", "gemm_sm90", {}),
+    ("gemm_sm90", "gemm_sm90", {"format": "fp16"}),
 ]
 SHAPES = [(1, 8, 8), (64, 64, 64), (65, 64, 72), (129, 200, 24), (128, 128, 256)]
 

@@ -12,13 +12,14 @@ from simt.build import ROOT, nvcc
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 COMMON = ["elementwise", "reduce", "gemm_sm80", "misuse"]
-SOURCES = {"80": COMMON[:3], "90a": [*COMMON, "gemm_sm90"], "100": COMMON[:3]}
+SOURCES = {"80": COMMON[:3], "90a": [*COMMON, "boxes", "gemm_sm90"], "100": [*COMMON[:3], "boxes"]}
 # What the sources' wrappers become, and must.
 INSTRUCTIONS = {
     "elementwise": ["LDG.E", "STG.E.128"],
     "reduce": ["SHFL", "BAR.SYNC", "ATOMS"],
     "gemm_sm80": ["HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS", "DEPBAR"],
-    "gemm_sm90": ["HGMMA.64x64x16.F32", "UTMALDG.2D", "UTMASTG.2D", "SYNCS", "USETMAXREG"],
+    "gemm_sm90": ["HGMMA.64x128x16.F32", "UTMALDG.2D", "UTMASTG.2D", "SYNCS", "USETMAXREG"],
+    "boxes": [f"{name}.{rank}D" for name in ("UTMALDG", "UTMASTG") for rank in (2, 3, 4, 5)],
     "misuse": ["HGMMA.64x8x16.F32", "UBLKCP"],
 }
 

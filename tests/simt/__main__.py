@@ -11,19 +11,21 @@ from .defects import DEFECTS, RUNS, outcomes
 def main() -> None:
     start = time.perf_counter()
     build(defect.kernel for defect in DEFECTS)
-    print(f"built in {time.perf_counter() - start:.0f} s; runs of {len(RUNS)} in which a defect showed:")
-    print(f"{'':>50}  {'without hooks':^16}   hooks")
-    print(f"{'defect':>50}  {'values':>7}  {'machine':>7}  {'on':>6}   what they say")
-    start = time.perf_counter()
+    built = time.perf_counter()
+    width = max(len(defect.title) for defect in DEFECTS)
+    print(f"Runs, of {len(RUNS)}, in which a defect showed: as a wrong result, by a rule of the machine, with hooks.\n")
+    print(f"|  n | kernel      | {'defect':{width}} | values | machine | hooks |")
+    print(f"| -: | ----------- | {'':-<{width}} | -----: | ------: | ----: |")
     for defect in DEFECTS:
         plain, checked = list(outcomes(defect, hooks=False)), list(outcomes(defect, hooks=True))
-        values = plain.count("values")
-        machine = len(plain) - values - plain.count("missed")
-        said = [word for word in checked if word not in ("missed", "values")]
-        found = len(checked) - checked.count("missed")
-        line = f"{defect.number:>3} {defect.title:>46}  {values:>7}  {machine:>7}  {found:>6}"
-        print(line, said[0] if said else "", sep="   ")
-    print(f"ran for {time.perf_counter() - start:.0f} s")
+        values, missed = plain.count("values"), plain.count("missed")
+        machine, hooks = len(plain) - values - missed, len(checked) - checked.count("missed")
+        said = next((outcome for outcome in checked if outcome not in ("missed", "values")), "")
+        row = (
+            f"| {defect.number:2} | {defect.case:11} | {defect.title:{width}} | {values:6} | {machine:7} | {hooks:5} |"
+        )
+        print(row, said)
+    print(f"\nBuilt in {built - start:.0f} s, ran for {time.perf_counter() - built:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -212,14 +212,15 @@ void mbarrier_arrive(uint64_t* barrier, int expected_bytes) {
 
 // As the hardware does, waits some time for the phase of this parity to complete, or gives up.
 bool mbarrier_try_wait(uint64_t* barrier, unsigned parity) {
-  Mbarrier& mbarrier = find(barrier, __builtin_return_address(0));
+  const void* caller = __builtin_return_address(0);
+  Mbarrier& mbarrier = find(barrier, caller);
   if (machine.options.completion == Options::Completion::random && machine.one_in(4)) {
     yield();
     if ((mbarrier.phase & 1) == parity) return false;
   }
   while ((mbarrier.phase & 1) == parity) {
     mbarrier.waiting.push_back(&self());
-    block("an mbarrier");
+    block("an mbarrier", caller);
   }
   self().knowledge.join(mbarrier.gathered);
   mbarrier.phases_waited_for = mbarrier.phase;

@@ -16,7 +16,7 @@ import torch
 from .build import Kernel
 from .runtime import Machine
 
-NAMES = ("elementwise", "reduce", "gemm_sm80", "gemm_sm90", "misuse", "conformance")
+NAMES = ("elementwise", "reduce", "gemm_sm80", "gemm_sm90", "boxes", "misuse", "conformance")
 SOURCES = {name: f"tests/simt/kernels/{name}.cu" for name in NAMES}
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import cases
 from .build import Kernel
@@ -25,6 +25,7 @@ class Defect:
     source: str
     case: str
     title: str
+    arguments: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.number}-{self.title.replace(' ', '-')}"
@@ -73,6 +74,7 @@ DEFECTS = [
     Defect(36, "elementwise", "elementwise", "misaligned vector store"),
     Defect(37, "elementwise", "elementwise", "one vector too many"),
     Defect(38, "gemm_sm90", "gemm_sm90", "sums staged without the swizzle"),
+    Defect(39, "gemm_sm90", "gemm_sm90", "one lane releases what the others still load", {"format": "fp16"}),
 ]
 
 
@@ -81,7 +83,7 @@ def outcomes(defect: Defect, hooks: bool, seed: int = 1) -> Iterator[str]:
     for i, run in enumerate(RUNS):
         with machine(**run, seed=seed + i, hooks=hooks) as gpu:
             try:
-                error = getattr(cases, defect.case)(gpu.load(defect.kernel), gpu, seed)
+                error = getattr(cases, defect.case)(gpu.load(defect.kernel), gpu, seed, **defect.arguments)
                 yield "values" if error > 1 else "missed"
             except Found as found:
                 yield str(found)

@@ -11,6 +11,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+// Inlined even without optimisation, so that messages name the kernel's line.
+#define SIMT_INLINE inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -122,7 +124,7 @@ void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b,
 void set_registers(int count);
 
 template <class T>
-T shuffle_value(unsigned mask, T value, int source_lane) {
+SIMT_INLINE T shuffle_value(unsigned mask, T value, int source_lane) {
   static_assert(sizeof(T) <= 8, "shuffles move up to 8 bytes");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
@@ -212,62 +214,62 @@ constexpr int warpSize = 32;
 using std::max;
 using std::min;
 
-inline void __syncthreads() { simt::barrier(0, -1, true); }
-inline void __syncwarp(unsigned mask = ~0u) { simt::sync_warp(mask); }
+SIMT_INLINE void __syncthreads() { simt::barrier(0, -1, true); }
+SIMT_INLINE void __syncwarp(unsigned mask = ~0u) { simt::sync_warp(mask); }
 
 // The lanes exchange within segments of `width` lanes; a source outside of its segment means the own value.
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+SIMT_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   return simt::shuffle_value(mask, value, (simt::lane() & ~(width - 1)) | (source & (width - 1)));
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+SIMT_INLINE T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   const int own = simt::lane(), source = own ^ lanes;
   return simt::shuffle_value(mask, value, source < (own | (width - 1)) + 1 ? source : own);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+SIMT_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const int own = simt::lane(), source = own - static_cast<int>(delta);
   return simt::shuffle_value(mask, value, source >= (own & ~(width - 1)) ? source : own);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+SIMT_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   const int own = simt::lane(), source = own + static_cast<int>(delta);
   return simt::shuffle_value(mask, value, source <= (own | (width - 1)) ? source : own);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0); }
-inline int __any_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0) == mask; }
+SIMT_INLINE unsigned __ballot_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0); }
+SIMT_INLINE int __any_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0) != 0; }
+SIMT_INLINE int __all_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0) == mask; }
 template <class T>
-unsigned __match_any_sync(unsigned mask, T value) {
+SIMT_INLINE unsigned __match_any_sync(unsigned mask, T value) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
   return simt::match_any(mask, bits);
 }
 
 template <class T>
-T atomicAdd(T* address, T value) {
+SIMT_INLINE T atomicAdd(T* address, T value) {
   return simt::read_modify_write(address, [=](T before) { return static_cast<T>(before + value); });
 }
 template <class T>
-T atomicMax(T* address, T value) {
+SIMT_INLINE T atomicMax(T* address, T value) {
   return simt::read_modify_write(address, [=](T before) { return before > value ? before : value; });
 }
 template <class T>
-T atomicMin(T* address, T value) {
+SIMT_INLINE T atomicMin(T* address, T value) {
   return simt::read_modify_write(address, [=](T before) { return before < value ? before : value; });
 }
 template <class T>
-T atomicExch(T* address, T value) {
+SIMT_INLINE T atomicExch(T* address, T value) {
   return simt::read_modify_write(address, [=](T) { return value; });
 }
 template <class T>
-T atomicCAS(T* address, T compare, T value) {
+SIMT_INLINE T atomicCAS(T* address, T compare, T value) {
   return simt::read_modify_write(address, [=](T before) { return before == compare ? value : before; });
 }
 
 template <class T>
-T __ldg(const T* address) {
+SIMT_INLINE T __ldg(const T* address) {
   return *address;
 }
 inline void __threadfence() {}

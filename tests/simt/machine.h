@@ -110,6 +110,7 @@ struct Thread {
   jmp_buf context;
   bool started = false, done = false, queued = false;
   const char* waits_for = "its start";
+  const void* waits_at = nullptr;
   Knowledge knowledge;
   Groups<Copy> copies;
   Groups<Store> stores;
@@ -160,7 +161,8 @@ inline Thread& self() { return *machine.current; }
 constexpr size_t stack_bytes = 256 << 10;
 constexpr int most_threads = 1024;
 void wake(Thread* thread);
-void block(const char* waits_for);  // until somebody wakes the running thread
+// Until somebody wakes the running thread; caller: where it waits, for the message if nobody does.
+void block(const char* waits_for, const void* caller);
 // Gathers the lanes of `mask`, each with its own `argument`; the last one applies `together` to all of them (indexed by
 // lane). `ordered`: what the lanes did before is visible to all of them after.
 enum class Collective {
@@ -177,7 +179,7 @@ enum class Collective {
   wgmma_wait
 };
 void gather_warp(unsigned mask, Collective kind, void* argument, void (*together)(void** arguments, unsigned mask),
-                 bool ordered = false);
+                 const void* caller, bool ordered = false);
 
 // asynchronous.cpp
 void start_asynchronous_of_block();

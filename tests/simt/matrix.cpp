@@ -72,8 +72,8 @@ void for_each_operand(const Product& product, int warp, Body body) {
 }
 
 // All wgmma instructions are .sync.aligned: the lanes of a warp execute them together.
-void converge(Collective kind) {
-  gather_warp(~0u, kind, nullptr, [](void**, unsigned) {});
+void converge(Collective kind, const void* caller) {
+  gather_warp(~0u, kind, nullptr, [](void**, unsigned) {}, caller);
 }
 
 void perform(const Product& product) {
@@ -193,30 +193,30 @@ void multiply_fragments(void** arguments, unsigned) {
 
 void ldmatrix(uint32_t* registers, const void* row, int count, bool transpose) {
   MatrixLoad load{registers, static_cast<const char*>(row), count, transpose};
+  const void* caller = __builtin_return_address(0);
   if (self().lane < count * 8) {
-    const void* caller = __builtin_return_address(0);
     if (shared_offset(row, 16) % 16) fail("misaligned row of ldmatrix (%s)", source_line(caller).c_str());
     check_access(row, 16, Access::read, caller);
   }
-  gather_warp(~0u, Collective::ldmatrix, &load, load_matrices);
+  gather_warp(~0u, Collective::ldmatrix, &load, load_matrices, caller);
 }
 
 void mma(float* d, const uint32_t* a, const uint32_t* b, const float* c, bool is_bf16) {
   WarpProduct product{d, a, b, c, is_bf16};
-  gather_warp(~0u, Collective::mma, &product, multiply_fragments);
+  gather_warp(~0u, Collective::mma, &product, multiply_fragments, __builtin_return_address(0));
 }
 
 // --- wgmma ---
 
 void wgmma_fence() {
-  converge(Collective::wgmma_fence);
+  converge(Collective::wgmma_fence, __builtin_return_address(0));
   self().registers_fenced = true;
 }
 
 void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate, bool transpose_a,
            bool transpose_b, bool is_bf16) {
   const void* caller = __builtin_return_address(0);
-  converge(Collective::wgmma);
+  converge(Collective::wgmma, caller);
   Thread& thread = self();
   if (!thread.registers_fenced) fail("wgmma without a wgmma.fence since the registers were last free");
   Warpgroup& group = warpgroup();
@@ -252,17 +252,18 @@ void wgmma(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b,
 }
 
 void wgmma_commit() {
-  converge(Collective::wgmma_commit);
+  converge(Collective::wgmma_commit, __builtin_return_address(0));
   self().products.commit();
 }
 
 void wgmma_wait(int groups) {
-  converge(Collective::wgmma_wait);
+  const void* caller = __builtin_return_address(0);
+  converge(Collective::wgmma_wait, caller);
   Thread& thread = self();
   thread.products.wait(groups, [&](Product* product) {
     while (product->arrived < 128) {
       product->waiting.push_back(&thread);
-      block("the other warps of its warpgroup to issue a wgmma");
+      block("the other warps of its warpgroup to issue a wgmma", caller);
     }
     if (!product->done) perform_up_to(warpgroup(), product);
     bool& reading = product->reading[thread.linear % 128 / 32];

@@ -356,7 +356,7 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// What -fsanitize=alignment passes: where, of which type, and the required alignment.
+// What -fsanitize=alignment passes: where in the source, of which type, and the logarithm of the required alignment.
 struct TypeMismatch {
   const char* file;
   uint32_t line, column;
@@ -365,7 +365,7 @@ struct TypeMismatch {
 };
 void __ubsan_handle_type_mismatch_v1(TypeMismatch* mismatch, uintptr_t address) {
   if (!simt::machine.current || !simt::machine.checking()) return;
-  simt::fail("misaligned access: address %#zx needs a multiple of %d (%s:%u)", static_cast<size_t>(address),
-             1 << mismatch->log_alignment, mismatch->file, mismatch->line);
+  simt::fail("misaligned access: address %#zx needs a multiple of %d (%s)", static_cast<size_t>(address),
+             1 << mismatch->log_alignment, simt::source_line(__builtin_return_address(0)).c_str());
 }
 }

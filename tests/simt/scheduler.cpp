@@ -141,19 +141,28 @@ void start_block(uint32_t number) {
   }
 }
 
+std::string waiting_threads() {
+  std::map<std::pair<std::string, const void*>, int> counts;
+  for (const Thread& thread : machine.threads) {
+    if (!thread.done) ++counts[{thread.waits_for, thread.waits_at}];
+  }
+  std::string text;
+  for (const auto& [where, count] : counts) {
+    text +=
+        (text.empty() ? "" : ", ") + std::to_string(count) + (count == 1 ? " thread waits for " : " threads wait for ");
+    text += where.first + " (" + source_line(where.second) + ")";
+  }
+  return text;
+}
+
 // False if a check failed or if threads were left waiting.
 __attribute__((noinline)) bool run_block(uint32_t number) {
   start_block(number);
   if (_setjmp(host_context) == 0) enter(next_thread());
   machine.current = nullptr;
   if (!machine.error.empty()) return false;
-  for (const Thread& thread : machine.threads) {
-    if (thread.done) continue;
-    machine.error = "deadlock in block " + std::to_string(number) + ": thread " + std::to_string(thread.linear) +
-                    " waits for " + thread.waits_for + " (" + std::to_string(machine.live) + " threads unfinished)";
-    return false;
-  }
-  return true;
+  if (machine.live) machine.error = "deadlock in block " + std::to_string(number) + ": " + waiting_threads();
+  return machine.live == 0;
 }
 
 std::vector<uint32_t> order_of_blocks() {
@@ -182,9 +191,10 @@ void wake(Thread* thread) {
   machine.ready.push_back(thread);
 }
 
-void block(const char* waits_for) {
+void block(const char* waits_for, const void* caller) {
   Thread& thread = self();
   thread.waits_for = waits_for;
+  thread.waits_at = caller;
   switch_away();
   thread.waits_for = "nothing";
 }
@@ -244,6 +254,7 @@ void* shared_memory() { return machine.shared; }
 // --- Barriers and warp collectives ---
 
 void barrier(int id, int count, bool wait) {
+  const void* caller = __builtin_return_address(0);
   if (id < 0 || id > 15) fail("barrier %d: there are 16", id);
   if (count >= 0 && (count == 0 || count % 32)) fail("barrier %d of %d threads: must be whole warps", id, count);
   Barrier& barrier = barriers[id];
@@ -257,10 +268,11 @@ void barrier(int id, int count, bool wait) {
   ++barrier.arrived;
   if (wait) barrier.waiting.push_back(&thread);
   if (barrier.arrived >= (count < 0 ? machine.live : count)) release(barrier);
-  if (wait) block(id ? "a named barrier" : "__syncthreads");
+  if (wait) block(id ? "a named barrier" : "__syncthreads", caller);
 }
 
-void gather_warp(unsigned mask, Collective kind, void* argument, void (*together)(void**, unsigned), bool ordered) {
+void gather_warp(unsigned mask, Collective kind, void* argument, void (*together)(void**, unsigned), const void* caller,
+                 bool ordered) {
   Thread& thread = self();
   const unsigned own = 1u << thread.lane;
   if (!(mask & own)) fail("warp collective whose mask %08x lacks the calling lane %d", mask, thread.lane);
@@ -278,7 +290,7 @@ void gather_warp(unsigned mask, Collective kind, void* argument, void (*together
   found->arrived |= own;
   found->arguments[thread.lane] = argument;
   found->lanes.push_back(&thread);
-  if (found->arrived != mask) return block("the other lanes of a warp collective");
+  if (found->arrived != mask) return block("the other lanes of a warp collective", caller);
 
   Gathering all = std::move(*found);
   open.erase(found);
@@ -296,7 +308,7 @@ void gather_warp(unsigned mask, Collective kind, void* argument, void (*together
 }
 
 void sync_warp(unsigned mask) {
-  gather_warp(mask, Collective::sync, nullptr, [](void**, unsigned) {}, true);
+  gather_warp(mask, Collective::sync, nullptr, [](void**, unsigned) {}, __builtin_return_address(0), true);
 }
 
 namespace {
@@ -315,49 +327,61 @@ void for_each_lane(unsigned mask, Body body) {
 
 uint64_t shuffle(unsigned mask, uint64_t value, int source_lane) {
   Exchange exchange{value, 0, source_lane & 31};
-  gather_warp(mask, Collective::shuffle, &exchange, [](void** arguments, unsigned mask) {
-    const auto all = reinterpret_cast<Exchange**>(arguments);
-    for_each_lane(mask, [&](int lane) {
-      const int source = all[lane]->source;
-      if (!(mask >> source & 1)) fail("shuffle reads lane %d, which is not in mask %08x", source, mask);
-      all[lane]->result = all[source]->value;
-    });
-  });
+  gather_warp(
+      mask, Collective::shuffle, &exchange,
+      [](void** arguments, unsigned mask) {
+        const auto all = reinterpret_cast<Exchange**>(arguments);
+        for_each_lane(mask, [&](int lane) {
+          const int source = all[lane]->source;
+          if (!(mask >> source & 1)) fail("shuffle reads lane %d, which is not in mask %08x", source, mask);
+          all[lane]->result = all[source]->value;
+        });
+      },
+      __builtin_return_address(0));
   return exchange.result;
 }
 
 unsigned ballot(unsigned mask, bool predicate) {
   Exchange exchange{predicate, 0, 0};
-  gather_warp(mask, Collective::ballot, &exchange, [](void** arguments, unsigned mask) {
-    const auto all = reinterpret_cast<Exchange**>(arguments);
-    uint64_t votes = 0;
-    for_each_lane(mask, [&](int lane) { votes |= all[lane]->value << lane; });
-    for_each_lane(mask, [&](int lane) { all[lane]->result = votes; });
-  });
+  gather_warp(
+      mask, Collective::ballot, &exchange,
+      [](void** arguments, unsigned mask) {
+        const auto all = reinterpret_cast<Exchange**>(arguments);
+        uint64_t votes = 0;
+        for_each_lane(mask, [&](int lane) { votes |= all[lane]->value << lane; });
+        for_each_lane(mask, [&](int lane) { all[lane]->result = votes; });
+      },
+      __builtin_return_address(0));
   return static_cast<unsigned>(exchange.result);
 }
 
 unsigned match_any(unsigned mask, uint64_t value) {
   Exchange exchange{value, 0, 0};
-  gather_warp(mask, Collective::match, &exchange, [](void** arguments, unsigned mask) {
-    const auto all = reinterpret_cast<Exchange**>(arguments);
-    for_each_lane(mask, [&](int lane) {
-      for_each_lane(mask, [&](int other) {
-        if (all[other]->value == all[lane]->value) all[lane]->result |= 1u << other;
-      });
-    });
-  });
+  gather_warp(
+      mask, Collective::match, &exchange,
+      [](void** arguments, unsigned mask) {
+        const auto all = reinterpret_cast<Exchange**>(arguments);
+        for_each_lane(mask, [&](int lane) {
+          for_each_lane(mask, [&](int other) {
+            if (all[other]->value == all[lane]->value) all[lane]->result |= 1u << other;
+          });
+        });
+      },
+      __builtin_return_address(0));
   return static_cast<unsigned>(exchange.result);
 }
 
 // The hardware does not say which lane it elects, but elects the same one each time: here the seed chooses.
 bool elect(unsigned mask) {
   Exchange exchange{0, 0, 0};
-  gather_warp(mask, Collective::elect, &exchange, [](void** arguments, unsigned mask) {
-    unsigned chosen = machine.options.seed % 32;
-    while (!(mask >> chosen & 1)) chosen = (chosen + 1) % 32;
-    reinterpret_cast<Exchange**>(arguments)[chosen]->result = 1;
-  });
+  gather_warp(
+      mask, Collective::elect, &exchange,
+      [](void** arguments, unsigned mask) {
+        unsigned chosen = machine.options.seed % 32;
+        while (!(mask >> chosen & 1)) chosen = (chosen + 1) % 32;
+        reinterpret_cast<Exchange**>(arguments)[chosen]->result = 1;
+      },
+      __builtin_return_address(0));
   return exchange.result != 0;
 }
 

@@ -125,7 +125,7 @@ class _Group:
     def _experts_choose(self) -> list[list]:
         choice = [[None] * self.case.e for _ in range(self.case.s)]
         for e in range(self.case.e):
-            for i in best([float(self.score[s][e]) for s in self.alive], self.case.capacity):
+            for i in best([float(self.score[s][e].detach()) for s in self.alive], self.case.capacity):
                 choice[self.alive[i]][e] = e
         return choice
 

@@ -164,11 +164,11 @@ def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
     if problem.dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
         problem = problem._replace(seed=seed)
-    return attend(problem, backend)
+    return attend(problem, backend, rotation)
 
 
-def attend(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    """out and lse of the flat problem, by a backend that was chosen before."""
+def attend(problem: AttentionProblem, backend: str, rotation: _rotary.Rotation | None = None) -> tuple[Tensor, Tensor]:
+    """out and lse of the flat problem, by a backend that was chosen before. `rotation` is for the CPU kernels only."""
     if backend == "reference":
         return _reference(problem)
     if rotation is not None:

@@ -7,27 +7,37 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// 1 / (1 + exp(-x)), to a few units in the last place of its value.
-PYEXT_DEVICE float sigmoid(float x) {
-  constexpr float log2e = 1.44269504f;
-  return ptx::reciprocal_approx(1.0f + ptx::exp2_approx(-log2e * x));
-}
+// s = 1 / (1 + exp(-x)). Quotients are rounded once where the result is fp32; an approximation to 1 ulp is enough where
+// 16 bits remain.
+template <bool exact>
+struct Logistic {
+  float e, sum;
+
+  PYEXT_DEVICE explicit Logistic(float x) : e(ptx::exp2_approx(-1.44269504f * x)), sum(1.0f + e) {}
+  PYEXT_DEVICE float times(float a) const { return exact ? a / sum : a * ptx::reciprocal_approx(sum); }
+  // s (1 - s), which would cancel if it were computed so; s is 0 where e is infinite.
+  PYEXT_DEVICE float slope() const {
+    const float s = times(1.0f);
+    return fminf(e, 0x1p127f) * s * s;
+  }
+};
 
 // act(x), and in `slope` its derivative.
-template <Activation activation>
+template <Activation activation, bool exact>
 PYEXT_DEVICE float activate(float x, float& slope) {
   if constexpr (activation == Activation::geglu) {  // x Phi(x), with Phi' = exp(-x^2 / 2) / sqrt(2 pi)
     const float phi = 0.5f + 0.5f * erff(0.70710678f * x);
     slope = phi + x * (0.39894228f * ptx::exp2_approx(-0.72134752f * x * x));
     return x * phi;
-  } else if constexpr (activation == Activation::geglu_tanh) {  // (1 + tanh(y)) / 2 = sigmoid(2 y)
-    const float square = x * x, s = sigmoid(x * (1.59576912f + 0.0713548163f * square));
-    slope = s + x * (s - s * s) * (1.59576912f + 0.214064449f * square);
-    return x * s;
+  } else if constexpr (activation == Activation::geglu_tanh) {  // (1 + tanh(y)) / 2 is the logistic function of 2 y
+    const float square = x * x;
+    const Logistic<exact> s(x * (1.59576912f + 0.0713548163f * square));
+    slope = s.times(1.0f) + x * s.slope() * (1.59576912f + 0.214064449f * square);
+    return s.times(x);
   } else if constexpr (activation == Activation::swiglu) {
-    const float s = sigmoid(x);
-    slope = s + x * (s - s * s);
-    return x * s;
+    const Logistic<exact> s(x);
+    slope = s.times(1.0f) + x * s.slope();
+    return s.times(x);
   } else {
     slope = x <= 0 ? 0.0f : 1.0f;  // NaN passes, as in PyTorch
     return x <= 0 ? 0.0f : x;
@@ -90,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
       const bool swapped = interleaved && p.up_first;
       const float gate = swapped ? second[j] : first[j], up = swapped ? first[j] : second[j];
       float slope;
-      out[j] = activate<activation>(gate, slope) * up;
+      out[j] = activate<activation, sizeof(T) == 4>(gate, slope) * up;
     }
     store<T, M>(at.in<T>(p.out) + at.column, rounded<T, M>(out));
   });
@@ -112,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 4) glu_backward(const GluProblem p) 
       const bool swapped = interleaved && p.up_first;
       const float gate = swapped ? second[j] : first[j], up = swapped ? first[j] : second[j];
       float slope;
-      const float grad_up = grad[j] * activate<activation>(gate, slope), grad_gate = grad[j] * up * slope;
+      const float grad_up = grad[j] * activate<activation, sizeof(T) == 4>(gate, slope),
+                  grad_gate = grad[j] * up * slope;
       first[j] = swapped ? grad_up : grad_gate, second[j] = swapped ? grad_gate : grad_up;
     }
     pairs.join(first, second);

@@ -6,6 +6,9 @@ namespace pyext {
 namespace {
 
 constexpr int kThreads = 256;
+// Vectors along a row that a thread takes: the address of a row costs as much as the arithmetic of a vector. In the
+// backward, which moves more bytes for each, the registers to keep five such addresses are worth more.
+constexpr int kForwardColumns = 4, kBackwardColumns = 1;
 
 // s = 1 / (1 + exp(-x)). Quotients are rounded once where the result is fp32; an approximation to 1 ulp is enough where
 // 16 bits remain.
@@ -55,21 +58,26 @@ struct Place {
 };
 
 // Calls f(place, size) for what this thread computes: `size` elements, N or, at the end of a row, 1 at a time.
-// threadIdx.x and blockIdx.x: N columns; threadIdx.y and blockIdx.y: rows; blockIdx.z: heads and batch.
-template <int N, class F>
+// threadIdx.x, blockIdx.x and what follows in up to `most` steps of both: N columns; threadIdx.y and blockIdx.y: rows;
+// blockIdx.z: heads and batch.
+template <int N, int most, class F>
 PYEXT_DEVICE void for_each_place(const GluProblem& p, const F& f) {
-  const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  const int64_t columns = int64_t(gridDim.x) * blockDim.x * N, rows = int64_t(gridDim.y) * blockDim.y;
   for (int64_t z = blockIdx.z; z < p.batch * p.heads; z += gridDim.z) {
     const int64_t batch = p.heads == 1 ? z : z / p.heads, head = z - batch * p.heads;
-    const int64_t rows = int64_t(gridDim.y) * blockDim.y;
 #pragma unroll 1
     for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < p.rows; row += rows) {
-      if (column + N <= p.width) {
-        f(Place{batch, head, row, column}, std::integral_constant<int, N>());
-      } else {
 #pragma unroll 1
-        for (int64_t last = column; last < p.width; ++last)
-          f(Place{batch, head, row, last}, std::integral_constant<int, 1>());
+      for (int64_t column = first; column < p.width; column += columns) {
+        if (column + N <= p.width) {
+          f(Place{batch, head, row, column}, std::integral_constant<int, N>());
+        } else {
+#pragma unroll 1
+          for (int64_t last = column; last < p.width; ++last)
+            f(Place{batch, head, row, last}, std::integral_constant<int, 1>());
+        }
+        if (most == 1) break;
       }
     }
   }
@@ -87,8 +95,8 @@ struct Addresses {
 };
 
 template <class T, int N, bool interleaved, Activation activation>
-__global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
-  for_each_place<N>(p, [&](const Place& at, auto size) {
+__global__ void __launch_bounds__(kThreads, 4) glu_forward(const GluProblem p) {
+  for_each_place<N, kForwardColumns>(p, [&](const Place& at, auto size) {
     constexpr int M = decltype(size)::value;
     const Addresses<M, interleaved, const T> from(at, p.gate, p.up);
     Pairs<T, M, interleaved> pairs;
@@ -108,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
 
 template <class T, int N, bool interleaved, Activation activation>
 __global__ void __launch_bounds__(kThreads, 4) glu_backward(const GluProblem p) {
-  for_each_place<N>(p, [&](const Place& at, auto size) {
+  for_each_place<N, kBackwardColumns>(p, [&](const Place& at, auto size) {
     constexpr int M = decltype(size)::value;
     const Addresses<M, interleaved, const T> from(at, p.gate, p.up);
     const Addresses<M, interleaved, T> to(at, p.grad_gate, p.grad_up);
@@ -141,11 +149,12 @@ void join_rows(GluProblem& p) {
   p.gate.row = p.up.row = p.grad_gate.row = p.grad_up.row = p.out.row = p.grad.row = 0;
 }
 
+// A thread takes up to `most` times `size` columns; the blocks of a row share them evenly.
 template <class Kernel>
-int launch_glu(Kernel kernel, const GluProblem& p, int64_t size, cudaStream_t stream) {
-  const int64_t columns = ceil_div(p.width, size);
-  const unsigned x = unsigned(min_of(columns, kThreads)), y = unsigned(min_of(kThreads / x, p.rows));
-  const dim3 grid(unsigned(ceil_div(columns, x)), grid_yz(ceil_div(p.rows, y)), grid_yz(p.batch * p.heads));
+int launch_glu(Kernel kernel, const GluProblem& p, int64_t size, int64_t most, cudaStream_t stream) {
+  const int64_t columns = ceil_div(ceil_div(p.width, size), most), blocks = ceil_div(columns, kThreads);
+  const unsigned x = unsigned(ceil_div(columns, blocks)), y = unsigned(min_of(kThreads / x, p.rows));
+  const dim3 grid(unsigned(blocks), grid_yz(ceil_div(p.rows, y)), grid_yz(p.batch * p.heads));
   return ptx::launch(kernel, grid, dim3(x, y), 0, stream, p);
 }
 
@@ -167,13 +176,14 @@ int with_activation(Activation activation, const F& f) {
 
 // kernel(element, size, interleaved, activation) is the kernel for these types.
 template <class F>
-int run_glu(GluProblem p, void* stream, const F& kernel) {
+int run_glu(GluProblem p, int64_t most, void* stream, const F& kernel) {
   if (p.batch * p.heads * p.rows * p.width == 0) return cudaSuccess;
   join_rows(p);
   const bool vectors = has_aligned_rows(p.dtype, p.gate, p.up, p.out, p.grad, p.grad_gate, p.grad_up);
   return with_kernel(p.dtype, vectors, p.interleaved, [&](auto element, auto size, auto interleaved) {
     return with_activation(p.activation, [&](auto activation) {
-      return launch_glu(kernel(element, size, interleaved, activation), p, size, static_cast<cudaStream_t>(stream));
+      return launch_glu(kernel(element, size, interleaved, activation), p, size, most,
+                        static_cast<cudaStream_t>(stream));
     });
   });
 }
@@ -183,14 +193,14 @@ int run_glu(GluProblem p, void* stream, const F& kernel) {
 
 int pyext_cuda_glu_forward(const pyext::GluProblem& p, void* stream) {
   using namespace pyext;
-  return run_glu(p, stream, [](auto element, auto size, auto interleaved, auto activation) {
+  return run_glu(p, kForwardColumns, stream, [](auto element, auto size, auto interleaved, auto activation) {
     return glu_forward<decltype(element), size, interleaved, activation>;
   });
 }
 
 int pyext_cuda_glu_backward(const pyext::GluProblem& p, void* stream) {
   using namespace pyext;
-  return run_glu(p, stream, [](auto element, auto size, auto interleaved, auto activation) {
+  return run_glu(p, kBackwardColumns, stream, [](auto element, auto size, auto interleaved, auto activation) {
     return glu_backward<decltype(element), size, interleaved, activation>;
   });
 }

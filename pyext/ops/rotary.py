@@ -33,7 +33,8 @@ def rotary(
         cos, sin: (L_max, R/2) or (B, L, R/2) with R <= D: one entry per pair, of any float dtype, which need not be
             x's. The first R features are rotated, the others copied. `pyext.nn.RotaryEmbedding` makes such tables.
         interleaved: pairs are features (2k, 2k + 1), as in GPT-J; else (k, k + R/2), as in LLaMA and GPT-NeoX.
-        positions: (L,) or (B, L) integers, the row of the tables for each token; None = row i for token i.
+        positions: (L,) or (B, L) integers, the row of the tables for each token; None = row i for token i. On a GPU,
+            where to look at them is to wait for the device, a token whose row no table has becomes NaN.
         inverse: rotate by the opposite angle, which undoes the rotation.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
     Returns:

@@ -7,26 +7,43 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// 1 / (1 + exp(-x)), to a few units in the last place of its value.
-PYEXT_DEVICE float sigmoid(float x) {
-  constexpr float log2e = 1.44269504f;
-  return ptx::reciprocal_approx(1.0f + ptx::exp2_approx(-log2e * x));
+// exp(x): to an ulp or two for results in fp32, to what bf16 and fp16 can show for those.
+template <class T>
+PYEXT_DEVICE float exponential(float x) {
+  if constexpr (std::is_same_v<T, float>)
+    return expf(x);
+  else
+    return ptx::exp2_approx(1.44269504f * x);
+}
+// 1 / (1 + exp(-x)), and in `rest` what it lacks to 1, which a difference from 1 would only have in absolute accuracy.
+template <class T>
+PYEXT_DEVICE float sigmoid(float x, float& rest) {
+  const float small = exponential<T>(-fabsf(x)), sum = 1.0f + small;
+  float large;
+  if constexpr (std::is_same_v<T, float>)
+    large = 1.0f / sum;
+  else
+    large = ptx::reciprocal_approx(sum);
+  rest = x < 0 ? large : small * large;
+  return x < 0 ? small * large : large;
 }
 
-// act(x), and in `slope` its derivative.
-template <Activation activation>
+// act(x) for tensors of T, and in `slope` its derivative.
+template <class T, Activation activation>
 PYEXT_DEVICE float activate(float x, float& slope) {
   if constexpr (activation == Activation::geglu) {  // x Phi(x), with Phi' = exp(-x^2 / 2) / sqrt(2 pi)
     const float phi = 0.5f + 0.5f * erff(0.70710678f * x);
-    slope = phi + x * (0.39894228f * ptx::exp2_approx(-0.72134752f * x * x));
+    slope = phi + x * (0.39894228f * exponential<T>(-0.5f * x * x));
     return x * phi;
   } else if constexpr (activation == Activation::geglu_tanh) {  // (1 + tanh(y)) / 2 = sigmoid(2 y)
-    const float square = x * x, s = sigmoid(x * (1.59576912f + 0.0713548163f * square));
-    slope = s + x * (s - s * s) * (1.59576912f + 0.214064449f * square);
+    float rest;
+    const float square = x * x, s = sigmoid<T>(x * (1.59576912f + 0.0713548163f * square), rest);
+    slope = s + x * (s * rest) * (1.59576912f + 0.214064449f * square);
     return x * s;
   } else if constexpr (activation == Activation::swiglu) {
-    const float s = sigmoid(x);
-    slope = s + x * (s - s * s);
+    float rest;
+    const float s = sigmoid<T>(x, rest);
+    slope = s + x * (s * rest);
     return x * s;
   } else {
     slope = x <= 0 ? 0.0f : 1.0f;  // NaN passes, as in PyTorch
@@ -90,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
       const bool swapped = interleaved && p.up_first;
       const float gate = swapped ? second[j] : first[j], up = swapped ? first[j] : second[j];
       float slope;
-      out[j] = activate<activation>(gate, slope) * up;
+      out[j] = activate<T, activation>(gate, slope) * up;
     }
     store<T, M>(at.in<T>(p.out) + at.column, rounded<T, M>(out));
   });
@@ -112,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 4) glu_backward(const GluProblem p) 
       const bool swapped = interleaved && p.up_first;
       const float gate = swapped ? second[j] : first[j], up = swapped ? first[j] : second[j];
       float slope;
-      const float grad_up = grad[j] * activate<activation>(gate, slope), grad_gate = grad[j] * up * slope;
+      const float grad_up = grad[j] * activate<T, activation>(gate, slope), grad_gate = grad[j] * up * slope;
       first[j] = swapped ? grad_up : grad_gate, second[j] = swapped ? grad_gate : grad_up;
     }
     pairs.join(first, second);

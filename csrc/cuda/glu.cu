@@ -10,13 +10,19 @@ constexpr int kThreads = 256;
 // backward, which moves more bytes for each, the registers to keep five such addresses are worth more.
 constexpr int kForwardColumns = 4, kBackwardColumns = 1;
 
+// exp(x): to an ulp or two for results in fp32, to what bf16 and fp16 can show for those.
+template <bool exact>
+PYEXT_DEVICE float exponential(float x) {
+  return exact ? expf(x) : ptx::exp2_approx(1.44269504f * x);
+}
+
 // s = 1 / (1 + exp(-x)). Quotients are rounded once where the result is fp32; an approximation to 1 ulp is enough where
 // 16 bits remain.
 template <bool exact>
 struct Logistic {
   float e, sum;
 
-  PYEXT_DEVICE explicit Logistic(float x) : e(ptx::exp2_approx(-1.44269504f * x)), sum(1.0f + e) {}
+  PYEXT_DEVICE explicit Logistic(float x) : e(exponential<exact>(-x)), sum(1.0f + e) {}
   PYEXT_DEVICE float times(float a) const { return exact ? a / sum : a * ptx::reciprocal_approx(sum); }
   // s (1 - s), which would cancel if it were computed so; s is 0 where e is infinite.
   PYEXT_DEVICE float slope() const {
@@ -30,7 +36,7 @@ template <Activation activation, bool exact>
 PYEXT_DEVICE float activate(float x, float& slope) {
   if constexpr (activation == Activation::geglu) {  // x Phi(x), with Phi' = exp(-x^2 / 2) / sqrt(2 pi)
     const float phi = 0.5f + 0.5f * erff(0.70710678f * x);
-    slope = phi + x * (0.39894228f * ptx::exp2_approx(-0.72134752f * x * x));
+    slope = phi + x * (0.39894228f * exponential<exact>(-0.5f * x * x));
     return x * phi;
   } else if constexpr (activation == Activation::geglu_tanh) {  // (1 + tanh(y)) / 2 is the logistic function of 2 y
     const float square = x * x;

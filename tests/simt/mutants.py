@@ -64,23 +64,28 @@ ROTARY = (
 )
 
 
-def _normal(seed: int, *shape: int) -> torch.Tensor:
+def _uniform(seed: int, *shape: int) -> torch.Tensor:
+    """In (-3, 3). Products of normal numbers have one far largest, and its rounding alone would decide a comparison."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{shape}".encode()))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return 6 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 3
 
 
 #: (gate, up, options) of a seed.
 GLU: dict[str, Callable[[int], tuple[torch.Tensor, torch.Tensor | None, dict]]] = {
-    "halves": lambda seed: (_normal(seed, 5, 7, 80), None, {}),
-    "halves, up first": lambda seed: (_normal(seed, 9, 66), None, dict(gate_first=False)),
-    "neighbours": lambda seed: (_normal(seed, 9, 48), None, dict(interleaved=True)),
-    "neighbours, up first": lambda seed: (_normal(seed, 3, 45)[:, :42], None, dict(interleaved=True, gate_first=False)),
-    "one long row": lambda seed: (_normal(seed, 7, 33), _normal(seed + 1, 7, 33), {}),
-    "rows with an end": lambda seed: (_normal(seed, 7, 40)[:, :33], _normal(seed + 1, 7, 40)[:, :33], {}),
-    "unaligned": lambda seed: (_normal(seed, 7, 40)[:, 1:], _normal(seed + 1, 7, 40)[:, :39], {}),
+    "halves": lambda seed: (_uniform(seed, 5, 7, 80), None, {}),
+    "halves, up first": lambda seed: (_uniform(seed, 9, 66), None, dict(gate_first=False)),
+    "neighbours": lambda seed: (_uniform(seed, 9, 48), None, dict(interleaved=True)),
+    "neighbours, up first": lambda seed: (
+        _uniform(seed, 3, 45)[:, :42],
+        None,
+        dict(interleaved=True, gate_first=False),
+    ),
+    "one long row": lambda seed: (_uniform(seed, 7, 33), _uniform(seed + 1, 7, 33), {}),
+    "rows with an end": lambda seed: (_uniform(seed, 7, 40)[:, :33], _uniform(seed + 1, 7, 40)[:, :33], {}),
+    "unaligned": lambda seed: (_uniform(seed, 7, 40)[:, 1:], _uniform(seed + 1, 7, 40)[:, :39], {}),
     "three dimensions": lambda seed: (
-        _normal(seed, 3, 5, 4, 16).transpose(1, 2),
-        _normal(seed + 1, 3, 4, 5, 16),
+        _uniform(seed, 3, 5, 4, 16).transpose(1, 2),
+        _uniform(seed + 1, 3, 4, 5, 16),
         {},
     ),
 }
@@ -89,7 +94,7 @@ GLU: dict[str, Callable[[int], tuple[torch.Tensor, torch.Tensor | None, dict]]] 
 def _with_gradients(op, impl: str, inputs: list[torch.Tensor], options: dict, seed: int) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = op(*leaves, impl=impl, **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, _normal(seed + 2, *out.shape).to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, (_uniform(seed + 2, *out.shape) / 3).to(out.dtype))]
 
 
 def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -105,8 +110,10 @@ def check_glu(op, probe: str, dtype: torch.dtype, seed: int) -> None:
     got = _with_gradients(op, "cpu", inputs, options, seed)
     exact = _with_gradients(op, "reference", [x.double() for x in inputs], options, seed)
     plain = _with_gradients(op, "reference", inputs, options, seed)
-    for name, value, wanted, eager in zip(("out", "grad gate", "grad up"), got, exact, plain):
-        assert_close_to_reference(value, wanted, eager, name=f"{name} of {probe}", magnitude=wanted.abs())
+    for name, *three in zip(("out", "grad gate", "grad up"), got, exact, plain):
+        # Errors are a few units in the last place of each result: in so small tensors few have the largest unit.
+        decisive = int((three[1].abs() > three[1].abs().max() / 2).sum())
+        assert_close_to_reference(*three, name=f"{name} of {probe}", independent=decisive)
 
 
 def check(stem: str, dtype: torch.dtype, seed: int) -> None:

@@ -382,5 +382,5 @@ def test_forced_backend_never_falls_back(impl):
 def test_explain(cpu):
     drawn = draw(Case(), torch.float32, 1)
     table = pyext.explain("rotary", *drawn.leaves, inverse=True)
-    assert table.auto == "cpu" and table["reference"] == "accepts" and "no CUDA kernel" in table["cuda"]
+    assert table.auto == "cpu" and table["reference"] == "accepts" and table["cuda"] != "accepts"
     assert dict(table) == dict(pyext.explain(pyext.rotary, *drawn.leaves))

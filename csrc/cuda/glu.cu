@@ -6,45 +6,47 @@ namespace pyext {
 namespace {
 
 constexpr int kThreads = 256;
+// Vectors along a row that a thread takes: the address of a row costs as much as the arithmetic of a vector. In the
+// backward, which moves more bytes for each, the registers to keep five such addresses are worth more.
+constexpr int kForwardColumns = 4, kBackwardColumns = 1;
 
-// exp(x): to an ulp or two for results in fp32, to what bf16 and fp16 can show for those.
-template <class T>
+// exp(x): to an ulp or two where the result is fp32, in its argument's rounding where 16 bits remain.
+template <bool exact>
 PYEXT_DEVICE float exponential(float x) {
-  if constexpr (std::is_same_v<T, float>)
-    return expf(x);
-  else
-    return ptx::exp2_approx(1.44269504f * x);
-}
-// 1 / (1 + exp(-x)), and in `rest` what it lacks to 1, which a difference from 1 would only have in absolute accuracy.
-template <class T>
-PYEXT_DEVICE float sigmoid(float x, float& rest) {
-  const float small = exponential<T>(-fabsf(x)), sum = 1.0f + small;
-  float large;
-  if constexpr (std::is_same_v<T, float>)
-    large = 1.0f / sum;
-  else
-    large = ptx::reciprocal_approx(sum);
-  rest = x < 0 ? large : small * large;
-  return x < 0 ? small * large : large;
+  return exact ? expf(x) : ptx::exp2_approx(1.44269504f * x);
 }
 
-// act(x) for tensors of T, and in `slope` its derivative.
-template <class T, Activation activation>
+// s = 1 / (1 + exp(-x)). Quotients are rounded once where the result is fp32; an approximation to 1 ulp is enough where
+// 16 bits remain.
+template <bool exact>
+struct Logistic {
+  float e, sum;
+
+  PYEXT_DEVICE explicit Logistic(float x) : e(exponential<exact>(-x)), sum(1.0f + e) {}
+  PYEXT_DEVICE float times(float a) const { return exact ? a / sum : a * ptx::reciprocal_approx(sum); }
+  // s (1 - s), which would cancel if it were computed so; s is 0 where e is infinite.
+  PYEXT_DEVICE float slope() const {
+    const float s = times(1.0f);
+    return fminf(e, 0x1p127f) * s * s;
+  }
+};
+
+// act(x), and in `slope` its derivative.
+template <Activation activation, bool exact>
 PYEXT_DEVICE float activate(float x, float& slope) {
   if constexpr (activation == Activation::geglu) {  // x Phi(x), with Phi' = exp(-x^2 / 2) / sqrt(2 pi)
     const float phi = 0.5f + 0.5f * erff(0.70710678f * x);
-    slope = phi + x * (0.39894228f * exponential<T>(-0.5f * x * x));
+    slope = phi + x * (0.39894228f * exponential<exact>(-0.5f * x * x));
     return x * phi;
-  } else if constexpr (activation == Activation::geglu_tanh) {  // (1 + tanh(y)) / 2 = sigmoid(2 y)
-    float rest;
-    const float square = x * x, s = sigmoid<T>(x * (1.59576912f + 0.0713548163f * square), rest);
-    slope = s + x * (s * rest) * (1.59576912f + 0.214064449f * square);
-    return x * s;
+  } else if constexpr (activation == Activation::geglu_tanh) {  // (1 + tanh(y)) / 2 is the logistic function of 2 y
+    const float square = x * x;
+    const Logistic<exact> s(x * (1.59576912f + 0.0713548163f * square));
+    slope = s.times(1.0f) + x * s.slope() * (1.59576912f + 0.214064449f * square);
+    return s.times(x);
   } else if constexpr (activation == Activation::swiglu) {
-    float rest;
-    const float s = sigmoid<T>(x, rest);
-    slope = s + x * (s * rest);
-    return x * s;
+    const Logistic<exact> s(x);
+    slope = s.times(1.0f) + x * s.slope();
+    return s.times(x);
   } else {
     slope = x <= 0 ? 0.0f : 1.0f;  // NaN passes, as in PyTorch
     return x <= 0 ? 0.0f : x;
@@ -62,21 +64,26 @@ struct Place {
 };
 
 // Calls f(place, size) for what this thread computes: `size` elements, N or, at the end of a row, 1 at a time.
-// threadIdx.x and blockIdx.x: N columns; threadIdx.y and blockIdx.y: rows; blockIdx.z: heads and batch.
-template <int N, class F>
+// threadIdx.x, blockIdx.x and what follows in up to `most` steps of both: N columns; threadIdx.y and blockIdx.y: rows;
+// blockIdx.z: heads and batch.
+template <int N, int most, class F>
 PYEXT_DEVICE void for_each_place(const GluProblem& p, const F& f) {
-  const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * N;
+  const int64_t columns = int64_t(gridDim.x) * blockDim.x * N, rows = int64_t(gridDim.y) * blockDim.y;
   for (int64_t z = blockIdx.z; z < p.batch * p.heads; z += gridDim.z) {
     const int64_t batch = p.heads == 1 ? z : z / p.heads, head = z - batch * p.heads;
-    const int64_t rows = int64_t(gridDim.y) * blockDim.y;
 #pragma unroll 1
     for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < p.rows; row += rows) {
-      if (column + N <= p.width) {
-        f(Place{batch, head, row, column}, std::integral_constant<int, N>());
-      } else {
 #pragma unroll 1
-        for (int64_t last = column; last < p.width; ++last)
-          f(Place{batch, head, row, last}, std::integral_constant<int, 1>());
+      for (int64_t column = first; column < p.width; column += columns) {
+        if (column + N <= p.width) {
+          f(Place{batch, head, row, column}, std::integral_constant<int, N>());
+        } else {
+#pragma unroll 1
+          for (int64_t last = column; last < p.width; ++last)
+            f(Place{batch, head, row, last}, std::integral_constant<int, 1>());
+        }
+        if (most == 1) break;
       }
     }
   }
@@ -94,8 +101,8 @@ struct Addresses {
 };
 
 template <class T, int N, bool interleaved, Activation activation>
-__global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
-  for_each_place<N>(p, [&](const Place& at, auto size) {
+__global__ void __launch_bounds__(kThreads, 4) glu_forward(const GluProblem p) {
+  for_each_place<N, kForwardColumns>(p, [&](const Place& at, auto size) {
     constexpr int M = decltype(size)::value;
     const Addresses<M, interleaved, const T> from(at, p.gate, p.up);
     Pairs<T, M, interleaved> pairs;
@@ -107,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
       const bool swapped = interleaved && p.up_first;
       const float gate = swapped ? second[j] : first[j], up = swapped ? first[j] : second[j];
       float slope;
-      out[j] = activate<T, activation>(gate, slope) * up;
+      out[j] = activate<activation, sizeof(T) == 4>(gate, slope) * up;
     }
     store<T, M>(at.in<T>(p.out) + at.column, rounded<T, M>(out));
   });
@@ -115,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 5) glu_forward(const GluProblem p) {
 
 template <class T, int N, bool interleaved, Activation activation>
 __global__ void __launch_bounds__(kThreads, 4) glu_backward(const GluProblem p) {
-  for_each_place<N>(p, [&](const Place& at, auto size) {
+  for_each_place<N, kBackwardColumns>(p, [&](const Place& at, auto size) {
     constexpr int M = decltype(size)::value;
     const Addresses<M, interleaved, const T> from(at, p.gate, p.up);
     const Addresses<M, interleaved, T> to(at, p.grad_gate, p.grad_up);
@@ -129,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, 4) glu_backward(const GluProblem p) 
       const bool swapped = interleaved && p.up_first;
       const float gate = swapped ? second[j] : first[j], up = swapped ? first[j] : second[j];
       float slope;
-      const float grad_up = grad[j] * activate<T, activation>(gate, slope), grad_gate = grad[j] * up * slope;
+      const float grad_up = grad[j] * activate<activation, sizeof(T) == 4>(gate, slope),
+                  grad_gate = grad[j] * up * slope;
       first[j] = swapped ? grad_up : grad_gate, second[j] = swapped ? grad_gate : grad_up;
     }
     pairs.join(first, second);
@@ -147,11 +155,12 @@ void join_rows(GluProblem& p) {
   p.gate.row = p.up.row = p.grad_gate.row = p.grad_up.row = p.out.row = p.grad.row = 0;
 }
 
+// A thread takes up to `most` times `size` columns; the blocks of a row share them evenly.
 template <class Kernel>
-int launch_glu(Kernel kernel, const GluProblem& p, int64_t size, cudaStream_t stream) {
-  const int64_t columns = ceil_div(p.width, size);
-  const unsigned x = unsigned(min_of(columns, kThreads)), y = unsigned(min_of(kThreads / x, p.rows));
-  const dim3 grid(unsigned(ceil_div(columns, x)), grid_yz(ceil_div(p.rows, y)), grid_yz(p.batch * p.heads));
+int launch_glu(Kernel kernel, const GluProblem& p, int64_t size, int64_t most, cudaStream_t stream) {
+  const int64_t columns = ceil_div(ceil_div(p.width, size), most), blocks = ceil_div(columns, kThreads);
+  const unsigned x = unsigned(ceil_div(columns, blocks)), y = unsigned(min_of(kThreads / x, p.rows));
+  const dim3 grid(unsigned(blocks), grid_yz(ceil_div(p.rows, y)), grid_yz(p.batch * p.heads));
   return ptx::launch(kernel, grid, dim3(x, y), 0, stream, p);
 }
 
@@ -173,13 +182,14 @@ int with_activation(Activation activation, const F& f) {
 
 // kernel(element, size, interleaved, activation) is the kernel for these types.
 template <class F>
-int run_glu(GluProblem p, void* stream, const F& kernel) {
+int run_glu(GluProblem p, int64_t most, void* stream, const F& kernel) {
   if (p.batch * p.heads * p.rows * p.width == 0) return cudaSuccess;
   join_rows(p);
   const bool vectors = has_aligned_rows(p.dtype, p.gate, p.up, p.out, p.grad, p.grad_gate, p.grad_up);
   return with_kernel(p.dtype, vectors, p.interleaved, [&](auto element, auto size, auto interleaved) {
     return with_activation(p.activation, [&](auto activation) {
-      return launch_glu(kernel(element, size, interleaved, activation), p, size, static_cast<cudaStream_t>(stream));
+      return launch_glu(kernel(element, size, interleaved, activation), p, size, most,
+                        static_cast<cudaStream_t>(stream));
     });
   });
 }
@@ -189,14 +199,14 @@ int run_glu(GluProblem p, void* stream, const F& kernel) {
 
 int pyext_cuda_glu_forward(const pyext::GluProblem& p, void* stream) {
   using namespace pyext;
-  return run_glu(p, stream, [](auto element, auto size, auto interleaved, auto activation) {
+  return run_glu(p, kForwardColumns, stream, [](auto element, auto size, auto interleaved, auto activation) {
     return glu_forward<decltype(element), size, interleaved, activation>;
   });
 }
 
 int pyext_cuda_glu_backward(const pyext::GluProblem& p, void* stream) {
   using namespace pyext;
-  return run_glu(p, stream, [](auto element, auto size, auto interleaved, auto activation) {
+  return run_glu(p, kBackwardColumns, stream, [](auto element, auto size, auto interleaved, auto activation) {
     return glu_backward<decltype(element), size, interleaved, activation>;
   });
 }

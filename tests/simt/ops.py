@@ -109,6 +109,12 @@ def _rotary_backward(launch, grad, x, positions, table_batch, table_rows, half, 
 # --- glu ---
 
 
+def _inputs(*tensors: Tensor | None) -> list[Tensor]:
+    """As the kernels can read them; more dimensions than they know are made ones that can be merged."""
+    given = [t for t in tensors if t is not None]
+    return [_readable(t) if t.dim() <= 4 else t.contiguous() for t in given]
+
+
 def _in_four_dimensions(tensors: list[Tensor]) -> list[Tensor]:
     """(batch, heads, rows, width) each; the leading dimensions as one where all can be viewed so."""
     with contextlib.suppress(RuntimeError):
@@ -136,7 +142,7 @@ def _glu_problem(inputs: list[Tensor], results: list[Tensor], packed, activation
 
 def _glu_forward(launch, gate, up, activation, gate_first, interleaved):
     out = _fresh(glu._forward_fake(gate, up, activation, gate_first, interleaved))
-    inputs = [_readable(t) for t in (gate, up) if t is not None]
+    inputs = _inputs(gate, up)
     p = _glu_problem(inputs, [out], up is None, activation, gate_first, interleaved)
     launch(p, dict(out=out), **dict(zip(("gate", "up"), inputs)))
     return out
@@ -144,7 +150,7 @@ def _glu_forward(launch, gate, up, activation, gate_first, interleaved):
 
 def _glu_backward(launch, grad, gate, up, activation, gate_first, interleaved):
     grad_gate, grad_up = map(_fresh, glu._backward_fake(grad, gate, up, activation, gate_first, interleaved))
-    inputs = [_readable(t) for t in (gate, up, grad) if t is not None]
+    inputs = _inputs(gate, up, grad)
     results = [grad_gate] if up is None else [grad_gate, grad_up]
     p = _glu_problem(inputs, results, up is None, activation, gate_first, interleaved)
     names = ("gate", "grad") if up is None else ("gate", "up", "grad")

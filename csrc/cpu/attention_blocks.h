@@ -34,7 +34,8 @@ struct BlockTable {
   INLINE uint32_t word(int32_t bitmap, int64_t i, int64_t j, int n) const {
     if (bitmap < 0) return bitmap == full ? ~0u : 0;
     uint32_t word = 0;
-    memcpy(&word, bits + (bitmap * kBlock + i % kBlock) * (kBlock / 8) + j % kBlock / 8, size_t(n) / 8);
+    memcpy(&word, bits + (bitmap * kBlock + i % uint64_t(kBlock)) * (kBlock / 8) + j % uint64_t(kBlock) / 8,
+           size_t(n) / 8);
     return word;
   }
 };
@@ -63,6 +64,19 @@ struct KeyChunk {
     for (int n = 0; n < panels; ++n) key[n] = int32_t(k0) + n * NR;
   }
 
+  // Returns whether the table lists any block of these keys for the queries [q0, q1).
+  bool find_bitmaps(const BlockTable& table, int64_t q0, int64_t q1) {
+    bool any = false;
+    for (int n = 0; n < panels; ++n)
+      for (int b = 0; b < 2; ++b) {
+        const bool same_block = n > 0 && key[n] / kBlock == key[n - 1] / kBlock;
+        const int64_t row = min_of(q0 / kBlock + b, (q1 - 1) / kBlock);
+        bitmap[n][b] = same_block ? bitmap[n - 1][b] : table.find(row, key[n] / kBlock);
+        any |= bitmap[n][b] != BlockTable::empty;
+      }
+    return any;
+  }
+
   // Queries from q0 on. Returns whether any group sees any panel.
   bool classify(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0) {
     const int64_t used_groups = ceil_div(ranges.count, kRows);
@@ -83,10 +97,17 @@ struct KeyChunk {
     return any;
   }
   State group_state(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0, int n, int64_t g, State seen) {
+    const int64_t last_row = ranges.count - 1, split = kBlock - q0 % kBlock;
+    auto bitmap_of = [&](int64_t row) { return bitmap[n][row >= split]; };
+    const int32_t all_rows = bitmap_of(g * kRows);
+    if (all_rows < 0 && all_rows == bitmap_of(min_of((g + 1) * kRows - 1, last_row))) {
+      for (int64_t i = g * kRows; i < (g + 1) * kRows; ++i) bits[n][i] = all_rows == BlockTable::full ? ~0u : 0;
+      return all_rows == BlockTable::full ? seen : hidden;
+    }
     uint32_t some = 0, all = ~0u;
     for (int64_t i = g * kRows; i < (g + 1) * kRows; ++i) {
-      const int64_t row = q0 + min_of<int64_t>(i, ranges.count - 1);
-      const uint32_t word = table.word(bitmap[n][row / kBlock - q0 / kBlock], row, key[n], NR);
+      const int64_t row = min_of(i, last_row);
+      const uint32_t word = table.word(bitmap_of(row), q0 + row, key[n], NR);
       bits[n][i] = word, some |= word, all &= word;
     }
     const uint32_t full = uint32_t((1ull << NR) - 1);

@@ -57,7 +57,9 @@ struct KeyChunk {
   int32_t bitmap[slots][2];    // of the rows of blocks that the queries lie in; only with a table
   State state[slots][groups];  // what each group of rows sees of each panel
   Range touched[groups];       // columns from a group's first panel that is not hidden to its last
-  uint32_t bits[slots][MB];    // of partial panels; only with a table
+  int32_t run_count[groups];   // and between them, runs of neighbouring panels that are not hidden
+  Range run[groups][slots];
+  uint32_t bits[slots][MB];  // of partial panels; only with a table
 
   void neighbours(int64_t k0, int64_t end) {
     panels = int32_t(min_of<int64_t>(ceil_div(end - k0, NR), slots));
@@ -81,7 +83,7 @@ struct KeyChunk {
   bool classify(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0) {
     const int64_t used_groups = ceil_div(ranges.count, kRows);
     bool any = false;
-    for (int64_t g = 0; g < used_groups; ++g) touched[g] = {0, 0};
+    for (int64_t g = 0; g < used_groups; ++g) touched[g] = {0, 0}, run_count[g] = 0;
     for (int n = 0; n < panels; ++n) {
       const int64_t j = key[n];
       for (int64_t g = 0; g < used_groups; ++g) {
@@ -92,8 +94,16 @@ struct KeyChunk {
         if (seen == hidden) continue;
         if (touched[g].hi == 0) touched[g].lo = n * NR;
         touched[g].hi = (n + 1) * NR, any = true;
+        if (!table) continue;
+        Range* last = run[g] + run_count[g] - 1;
+        if (run_count[g] && last->hi == n * NR && key[n - 1] + NR == j)
+          last->hi += NR;
+        else
+          run[g][run_count[g]++] = {n * NR, (n + 1) * NR};
       }
     }
+    for (int64_t g = 0; g < used_groups && !table; ++g)  // neighbours, and of these a stretch
+      run[g][0] = touched[g], run_count[g] = touched[g].hi > 0;
     return any;
   }
   State group_state(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0, int n, int64_t g, State seen) {
@@ -140,15 +150,12 @@ struct KeyChunk {
     if (touched[g].lo >= touched[g].hi) return {0, 0};
     return {key[touched[g].lo / NR], key[touched[g].hi / NR - 1] + NR};
   }
-  // fn(columns, first key) for pieces of neighbouring panels, at most `longest` columns each.
+  // fn(columns, first key) for the runs of a group, in pieces of at most `longest` columns.
   template <class Function>
-  INLINE void for_each_run(Range columns, int longest, const Function& fn) const {
-    for (int c = columns.lo; c < columns.hi;) {
-      int end = c + NR;
-      while (end < columns.hi && end - c < longest && key[end / NR] == key[end / NR - 1] + NR) end += NR;
-      fn(Range{c, end}, int64_t(key[c / NR]));
-      c = end;
-    }
+  INLINE void for_each_run(int64_t g, int longest, const Function& fn) const {
+    for (int n = 0; n < run_count[g]; ++n)
+      for (int c = run[g][n].lo; c < run[g][n].hi; c += longest)
+        fn(Range{c, min_of(c + longest, run[g][n].hi)}, int64_t(key[c / NR]));
   }
 };
 

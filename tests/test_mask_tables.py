@@ -273,7 +273,9 @@ def test_passes_are_made_once(cpu_best, monkeypatch):
     monkeypatch.setattr(_passes, "LEAST_QUERIES", 9)
     mask, found = masks.image_columns(20, 7) & masks.causal(), []
     attend = _passes.attend
-    monkeypatch.setattr(_passes, "attend", lambda problem, passes: found.append(passes) or attend(problem, passes))
+    monkeypatch.setattr(
+        _passes, "attend", lambda problem, passes, backend: found.append(passes) or attend(problem, passes, backend)
+    )
     q = torch.randn(1, 2, 90, 8)
     pyext.attention(q, q, q, mask=mask), pyext.attention(q, q, q, mask=masks.image_columns(20, 7) & masks.causal())
     assert found[0] is found[1]

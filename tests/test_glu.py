@@ -1,4 +1,4 @@
-"""pyext.geglu, swiglu, reglu against PyTorch's functions in fp64: forward, gradients, forms, layouts, special values."""
+"""pyext.geglu, swiglu, reglu against PyTorch in fp64: forward, gradients, forms, layouts, special values."""
 
 from __future__ import annotations
 

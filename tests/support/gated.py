@@ -187,6 +187,4 @@ def check(case: Unit | Layer, dtype: torch.dtype, impl: str, seed: int, threads:
         assert (value.dtype, value.shape) == (like.dtype, like.shape), name
         terms = magnitude.get(name) if value.numel() else None
         where = f"{name} of {case} in {dtype}"
-        assert_close_to_reference(
-            value, exact[name], plain[name], name=where, magnitude=terms, independent=independent
-        )
+        assert_close_to_reference(value, exact[name], plain[name], name=where, magnitude=terms, independent=independent)

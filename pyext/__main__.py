@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, linear, silu
 
 import pyext
 
@@ -78,6 +79,37 @@ CASES = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """One call of a gated layer: by a backend, or by plain PyTorch."""
+
+    name: str
+    leaves: dict[str, tuple[int, ...]]
+    activation: str
+    eager: Callable[[Tensor], Tensor]
+
+    def call(self, leaves: dict[str, Tensor], impl: str) -> Tensor:
+        if impl != "eager":
+            return pyext.gated_mlp(**leaves, activation=self.activation, impl=impl)
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down = leaves.values()
+        return linear(self.eager(linear(x, w_gate, b_gate)) * linear(x, w_up, b_up), w_down, b_down)
+
+
+def _gated(name: str, rows: int, eager: Callable[[Tensor], Tensor]) -> Gated:
+    leaves = {
+        "x": (rows, 40), "w_gate": (70, 40), "w_up": (70, 40), "w_down": (33, 70), "b_gate": (70,), "b_up": (70,),
+        "b_down": (33,),
+    }  # fmt: skip
+    return Gated(name, leaves, name.split()[0].lower(), eager)
+
+
+CASES += (
+    _gated("SwiGLU", 67, silu),
+    _gated("SwiGLU 1", 1, silu),
+    _gated("GEGLU", 67, gelu),
+)
+
+
 def _eager(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """The flat problem in plain PyTorch in the dtype of the inputs: the accuracy one has without this package."""
     group = problem.query.shape[1] // problem.key.shape[1]
@@ -112,10 +144,10 @@ def _attend(case: Case, leaves: dict[str, Tensor], impl: str) -> tuple[Tensor, T
     return torch.cat([out[0].transpose(0, 1) for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=-1)
 
 
-def _results(case: Case, leaves: dict[str, Tensor], impl: str) -> list[Tensor]:
-    """out, lse and the gradient of every leaf, for one fixed weighted sum of out and lse."""
+def _results(case: Case | Gated, leaves: dict[str, Tensor], impl: str) -> list[Tensor]:
+    """out, lse (of attention) and the gradient of every leaf, for one fixed weighted sum of out and lse."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    results = _attend(case, leaves, impl)
+    results = (case.call(leaves, impl),) if isinstance(case, Gated) else _attend(case, leaves, impl)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
     # rounded to bf16 so that they are the same numbers in every dtype
@@ -151,7 +183,7 @@ def _isa(name: str | None) -> Iterator[None]:
         native.set_isa(former)
 
 
-def _draw(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def _draw(case: Case | Gated, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     leaves = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in case.leaves.items()}
     if "slopes" in leaves:
@@ -160,21 +192,23 @@ def _draw(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _expected(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _expected(case: Case | Gated, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Results of the fp64 reference on the inputs of that dtype, and of plain PyTorch in that dtype."""
     leaves = _draw(case, dtype)
     exact = _results(case, {name: leaf.double() for name, leaf in leaves.items()}, "reference")
     return exact, _results(case, leaves, "eager")
 
 
-def _check(case: Case, dtype: torch.dtype, impl: str, isa: str | None) -> tuple[str, bool]:
+def _check(case: Case | Gated, dtype: torch.dtype, impl: str, isa: str | None) -> tuple[str, bool]:
     """One row of the table, and whether the check holds."""
     with _isa(isa):
         got = _results(case, _draw(case, dtype), impl)
     rows = [_share_of_limit(*row) for row in zip(got, *_expected(case, dtype), strict=True)]
-    out, lse, gradient = rows[0][0], rows[1][0], max(error for error, _ in rows[2:])
+    outputs = len(rows) - len(case.leaves)
+    lse = f"{rows[1][0]:9.1e}" if outputs == 2 else f"{'-':>9}"
+    gradient = max(error for error, _ in rows[outputs:])
     share = max(share for _, share in rows)
-    return f"{out:9.1e}  {lse:9.1e}  {gradient:9.1e}  {share:9.0%}", share <= 1
+    return f"{rows[0][0]:9.1e}  {lse}  {gradient:9.1e}  {share:9.0%}", share <= 1
 
 
 def _self_check() -> bool:

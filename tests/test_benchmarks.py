@@ -14,7 +14,7 @@ if ROOT not in sys.path:
     sys.path.append(ROOT)
 
 import pyext  # noqa: E402
-from benchmarks import attention_cases, harness, mask_cases, peers, report, rotary_cases  # noqa: E402
+from benchmarks import attention_cases, glu_cases, harness, mask_cases, peers, report, rotary_cases  # noqa: E402
 from benchmarks.harness import Case, Contender, Measured, Work  # noqa: E402
 from pyext._primitives import Sizes  # noqa: E402
 
@@ -145,6 +145,18 @@ def test_schemes_say_the_same_to_everyone(scheme):
     for other in outputs[1:]:
         for name, tensor in outputs[0].items():
             torch.testing.assert_close(other[name], tensor, rtol=2e-4, atol=2e-5)
+
+
+def test_gated_cases_are_right(monkeypatch):
+    for name, shape in (("UNIT", (5, 33)), ("LAYER", (11, 12, 20, 9)), ("ONE_ROW", (1, 12, 20, 9))):
+        monkeypatch.setattr(glu_cases, name, shape)
+    for case in glu_cases.all_cases():
+        if "forward+backward" in case.name:  # torch.compile takes long
+            continue
+        work = case.setup(case.seed)
+        assert harness.check(work)["ok"], case.name
+        for contender in work.contenders:
+            contender.call()
 
 
 def test_rotary_says_the_same_to_everyone(monkeypatch):

@@ -34,7 +34,8 @@ struct BlockTable {
   INLINE uint32_t word(int32_t bitmap, int64_t i, int64_t j, int n) const {
     if (bitmap < 0) return bitmap == full ? ~0u : 0;
     uint32_t word = 0;
-    memcpy(&word, bits + (bitmap * kBlock + i % kBlock) * (kBlock / 8) + j % kBlock / 8, size_t(n) / 8);
+    memcpy(&word, bits + (bitmap * kBlock + i % uint64_t(kBlock)) * (kBlock / 8) + j % uint64_t(kBlock) / 8,
+           size_t(n) / 8);
     return word;
   }
 };
@@ -56,18 +57,33 @@ struct KeyChunk {
   int32_t bitmap[slots][2];    // of the rows of blocks that the queries lie in; only with a table
   State state[slots][groups];  // what each group of rows sees of each panel
   Range touched[groups];       // columns from a group's first panel that is not hidden to its last
-  uint32_t bits[slots][MB];    // of partial panels; only with a table
+  int32_t run_count[groups];   // and between them, runs of neighbouring panels that are not hidden
+  Range run[groups][slots];
+  uint32_t bits[slots][MB];  // of partial panels; only with a table
 
   void neighbours(int64_t k0, int64_t end) {
     panels = int32_t(min_of<int64_t>(ceil_div(end - k0, NR), slots));
     for (int n = 0; n < panels; ++n) key[n] = int32_t(k0) + n * NR;
   }
 
+  // Returns whether the table lists any block of these keys for the queries [q0, q1).
+  bool find_bitmaps(const BlockTable& table, int64_t q0, int64_t q1) {
+    bool any = false;
+    for (int n = 0; n < panels; ++n)
+      for (int b = 0; b < 2; ++b) {
+        const bool same_block = n > 0 && key[n] / kBlock == key[n - 1] / kBlock;
+        const int64_t row = min_of(q0 / kBlock + b, (q1 - 1) / kBlock);
+        bitmap[n][b] = same_block ? bitmap[n - 1][b] : table.find(row, key[n] / kBlock);
+        any |= bitmap[n][b] != BlockTable::empty;
+      }
+    return any;
+  }
+
   // Queries from q0 on. Returns whether any group sees any panel.
   bool classify(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0) {
     const int64_t used_groups = ceil_div(ranges.count, kRows);
     bool any = false;
-    for (int64_t g = 0; g < used_groups; ++g) touched[g] = {0, 0};
+    for (int64_t g = 0; g < used_groups; ++g) touched[g] = {0, 0}, run_count[g] = 0;
     for (int n = 0; n < panels; ++n) {
       const int64_t j = key[n];
       for (int64_t g = 0; g < used_groups; ++g) {
@@ -78,15 +94,30 @@ struct KeyChunk {
         if (seen == hidden) continue;
         if (touched[g].hi == 0) touched[g].lo = n * NR;
         touched[g].hi = (n + 1) * NR, any = true;
+        if (!table) continue;
+        Range* last = run[g] + run_count[g] - 1;
+        if (run_count[g] && last->hi == n * NR && key[n - 1] + NR == j)
+          last->hi += NR;
+        else
+          run[g][run_count[g]++] = {n * NR, (n + 1) * NR};
       }
     }
+    for (int64_t g = 0; g < used_groups && !table; ++g)  // neighbours, and of these a stretch
+      run[g][0] = touched[g], run_count[g] = touched[g].hi > 0;
     return any;
   }
   State group_state(const BlockTable& table, const BlockRanges<MB>& ranges, int64_t q0, int n, int64_t g, State seen) {
+    const int64_t last_row = ranges.count - 1, split = kBlock - q0 % kBlock;
+    auto bitmap_of = [&](int64_t row) { return bitmap[n][row >= split]; };
+    const int32_t all_rows = bitmap_of(g * kRows);
+    if (all_rows < 0 && all_rows == bitmap_of(min_of((g + 1) * kRows - 1, last_row))) {
+      for (int64_t i = g * kRows; i < (g + 1) * kRows; ++i) bits[n][i] = all_rows == BlockTable::full ? ~0u : 0;
+      return all_rows == BlockTable::full ? seen : hidden;
+    }
     uint32_t some = 0, all = ~0u;
     for (int64_t i = g * kRows; i < (g + 1) * kRows; ++i) {
-      const int64_t row = q0 + min_of<int64_t>(i, ranges.count - 1);
-      const uint32_t word = table.word(bitmap[n][row / kBlock - q0 / kBlock], row, key[n], NR);
+      const int64_t row = min_of(i, last_row);
+      const uint32_t word = table.word(bitmap_of(row), q0 + row, key[n], NR);
       bits[n][i] = word, some |= word, all &= word;
     }
     const uint32_t full = uint32_t((1ull << NR) - 1);
@@ -119,15 +150,12 @@ struct KeyChunk {
     if (touched[g].lo >= touched[g].hi) return {0, 0};
     return {key[touched[g].lo / NR], key[touched[g].hi / NR - 1] + NR};
   }
-  // fn(columns, first key) for pieces of neighbouring panels, at most `longest` columns each.
+  // fn(columns, first key) for the runs of a group, in pieces of at most `longest` columns.
   template <class Function>
-  INLINE void for_each_run(Range columns, int longest, const Function& fn) const {
-    for (int c = columns.lo; c < columns.hi;) {
-      int end = c + NR;
-      while (end < columns.hi && end - c < longest && key[end / NR] == key[end / NR - 1] + NR) end += NR;
-      fn(Range{c, end}, int64_t(key[c / NR]));
-      c = end;
-    }
+  INLINE void for_each_run(int64_t g, int longest, const Function& fn) const {
+    for (int n = 0; n < run_count[g]; ++n)
+      for (int c = run[g][n].lo; c < run[g][n].hi; c += longest)
+        fn(Range{c, min_of(c + longest, run[g][n].hi)}, int64_t(key[c / NR]));
   }
 };
 

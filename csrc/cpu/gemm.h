@@ -88,27 +88,33 @@ struct Tile {
   }
 };
 
-// c[rows x count columns] = A B + factor * c, count <= kPanel: the last panel of an odd width runs with one vector if
-// that is enough. The product starts from zero: sums of sums lose fewer bits than one long sum.
-template <class C, int vectors, int64_t row_step, int64_t k_step, class Element>
-INLINE void accumulate_vectors(int64_t k, const Element* a, const typename C::T* b, typename C::T* c,
-                               const typename C::T* factor) {
+// c[rows x count columns] = what products(tile) adds to a tile + factor * c, count <= kPanel: the last panel of an odd
+// width runs with one vector if that is enough. The products start from zero: sums of sums lose fewer bits than one
+// long sum.
+template <class C, int vectors, class Products>
+INLINE void accumulate_vectors(const Products& products, typename C::T* c, const typename C::T* factor) {
   using T = typename C::T;
   Tile<C, vectors> tile;
   tile.zero();
-  tile.template multiply<row_step, k_step>(k, a, b);
+  products(tile);
   UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < vectors; ++j) {
     T* at = c + i * kPanel<T> + j * kWidth<T>;
     vstore(at, factor ? vfma(vload(at), vset(factor[i]), tile.v[i][j]) : vadd(vload(at), tile.v[i][j]));
   }
 }
-template <class C, int64_t row_step, int64_t k_step, class Element>
-INLINE void accumulate(int64_t k, const Element* a, const typename C::T* b, typename C::T* c, int64_t count,
-                       const typename C::T* factor = nullptr) {
+template <class C, class Products>
+INLINE void accumulate_products(const Products& products, typename C::T* c, int64_t count,
+                                const typename C::T* factor = nullptr) {
   if (count > kWidth<typename C::T>)
-    accumulate_vectors<C, kVectors, row_step, k_step>(k, a, b, c, factor);
+    accumulate_vectors<C, kVectors>(products, c, factor);
   else
-    accumulate_vectors<C, 1, row_step, k_step>(k, a, b, c, factor);
+    accumulate_vectors<C, 1>(products, c, factor);
+}
+// The same of one product A B over k steps, see Tile::multiply.
+template <class C, int64_t row_step, int64_t k_step, class Element>
+INLINE void accumulate(int64_t k, const Element* a, const typename C::T* b, typename C::T* c, int64_t count) {
+  accumulate_products<C>([&](auto& tile) INLINE_LAMBDA { tile.template multiply<row_step, k_step>(k, a, b); }, c,
+                         count);
 }
 
 // ---- packing ----

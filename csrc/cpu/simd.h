@@ -10,6 +10,7 @@
 #include "../strided.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))  // between its parameters and its body
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace pyext {

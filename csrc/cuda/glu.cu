@@ -10,7 +10,7 @@ constexpr int kThreads = 256;
 // backward, which moves more bytes for each, the registers to keep five such addresses are worth more.
 constexpr int kForwardColumns = 4, kBackwardColumns = 1;
 
-// exp(x): to an ulp or two for results in fp32, to what bf16 and fp16 can show for those.
+// exp(x): to an ulp or two where the result is fp32, in its argument's rounding where 16 bits remain.
 template <bool exact>
 PYEXT_DEVICE float exponential(float x) {
   return exact ? expf(x) : ptx::exp2_approx(1.44269504f * x);

@@ -1,6 +1,7 @@
 """Modules: what models are built with."""
 
 from .deberta import DisentangledAttention as DisentangledAttention
+from .gated_mlp import GatedMLP as GatedMLP
 from .moe import MoE as MoE
 from .multihead import MultiheadAttention as MultiheadAttention
 from .positions import ALiBi as ALiBi

@@ -1,23 +1,9 @@
-// Runs the attention kernels of every instruction set on random odd shapes under AddressSanitizer and UBSan, without
-// Python or torch:  sanitize [cases] [seed].  `.ci/run` builds it by CMake with -DPYEXT_SANITIZE=ON.
-//
-// Besides what the sanitizers see: every buffer ends, or begins, at a page that may not be touched (compilers do not
-// instrument masked vector loads and stores); gaps between rows hold NaN and must stay as they are, as must the inputs;
-// results start as NaN and must all be written; one thread and several give the same bits; instruction sets agree.
+// Random cases of the attention kernels.
 #include "attention.h"
 
-#include <sanitizer/common_interface_defs.h>
-
-#include <atomic>
-#include <cstdlib>
 #include <deque>
-#include <map>
-#include <thread>
-#include <utility>
 
-#include "cpu/isa.h"
-#include "guarded.h"
-#include "parallel.h"
+#include "instance.h"
 
 namespace pyext {
 namespace {
@@ -90,14 +76,9 @@ Case make_case(Random& random) {
 }
 
 std::string describe(const Case& c) {
-  const char* dtypes[] = {"fp32", "bf16", "fp16", "fp64"};
-  std::string text = dtypes[static_cast<int>(c.dtype)];
-  if (c.dense) text += std::string(" dense=") + dtypes[static_cast<int>(c.dense_dtype)];
-  auto number = [&](const char* name, double value) {
-    char digits[40];
-    std::snprintf(digits, sizeof digits, "%.6g", value);
-    text += std::string(" ") + name + "=" + digits;
-  };
+  std::string text = name_of(c.dtype);
+  if (c.dense) text += std::string(" dense=") + name_of(c.dense_dtype);
+  auto number = [&](const char* name, double value) { text += number_text(name, value); };
   number("batch", c.batch), number("heads", c.heads()), number("kv_heads", c.kv_heads);
   number("q_len", c.q_len), number("k_len", c.k_len), number("head_dim", c.head_dim), number("value_dim", c.value_dim);
   if (c.left != kUnbounded) number("left", c.left);
@@ -126,26 +107,8 @@ std::string describe(const Case& c) {
   return text;
 }
 
-// --- Threads ---
-
-void run_serially(int64_t count, void (*body)(int64_t, void*), void* context) {
-  for (int64_t i = 0; i < count; ++i) body(i, context);
-}
-
-void run_threaded(int64_t count, void (*body)(int64_t, void*), void* context) {
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t i; (i = next++) < count;) body(i, context);
-  };
-  std::thread others[] = {std::thread(work), std::thread(work)};
-  work();
-  for (std::thread& thread : others) thread.join();
-}
-
-// --- A problem with its memory ---
-
-struct Instance {
-  explicit Instance(const Case& c, bool guard_before) : c_(c), random_(c.seed), guard_before_(guard_before) {
+struct Instance : Tensors {
+  Instance(const Case& c, bool guard_before) : Tensors(c.seed, guard_before), c_(c) {
     AttentionProblem& p = problem;
     p.dtype = c.dtype;
     p.batch = c.batch, p.heads = c.heads(), p.kv_heads = c.kv_heads;
@@ -178,85 +141,26 @@ struct Instance {
   }
 
   // Runs forward (once more with rotated queries and keys) and backward; the results by name, as numbers.
-  std::map<std::string, std::vector<double>> run(const KernelTable& kernels, const Parallel& parallel) {
-    for (Result& result : results_) {
-      result.memory->fill_nan();
-      if (result.zeroed) result.view.for_each([&](int64_t offset) { result.memory->set(offset, 0); });
-    }
-    std::vector<std::vector<char>> before;
-    for (const auto& memory : inputs_) before.push_back(memory->bytes());
-    std::map<std::string, std::vector<double>> values;
-    if (c_.rotates) {
-      AttentionProblem rotated = problem;
-      rotated.rotate_query = &rotate_query_, rotated.rotate_key = &rotate_key_;
-      kernels.attention_forward(rotated, parallel);
-      for (Result& result : results_)
-        if (result.name == "out" || result.name == "lse") values["rotated " + result.name] = take(result);
-    }
-    kernels.attention_forward(problem, parallel);
-    kernels.attention_backward(problem, parallel);
-    for (size_t i = 0; i < inputs_.size(); ++i) require(inputs_[i]->bytes() == before[i], "an input was written");
-    for (Result& result : results_) values[result.name] = take(result);
-    return values;
+  Results run(const KernelTable& kernels, const Parallel& parallel) {
+    return run_and_take([&](Results& values) {
+      if (c_.rotates) {
+        AttentionProblem rotated = problem;
+        rotated.rotate_query = &rotate_query_, rotated.rotate_key = &rotate_key_;
+        kernels.attention_forward(rotated, parallel);
+        for (Result& result : results_)
+          if (result.name == "out" || result.name == "lse") values["rotated " + result.name] = take(result);
+      }
+      kernels.attention_forward(problem, parallel);
+      kernels.attention_backward(problem, parallel);
+    });
   }
 
   AttentionProblem problem;
 
  private:
-  struct Result {
-    std::string name;
-    View view;
-    std::unique_ptr<Memory> memory;
-    bool zeroed;  // the kernel adds to it
-  };
-
-  // The elements of a result, all of which were written, and nothing beside them; NaN again afterwards.
-  static std::vector<double> take(Result& result) {
-    std::vector<double> list;
-    result.view.for_each([&](int64_t offset) {
-      list.push_back(result.memory->get(offset));
-      require(!std::isnan(list.back()), result.name + " has a NaN, or was not written everywhere");
-      result.memory->set_nan(offset);
-    });
-    require(result.memory->all_nan(), result.name + ": something beside its elements was written");
-    return list;
-  }
-
-  View layout(int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
-    return View::make(batch, heads, rows, columns, random_.below(2), random_.one_in(2) ? 0 : 1 + random_.below(5));
-  }
-
-  template <class Pointer>
-  static Strided<Pointer> strided(const View& view, Memory& memory) {
-    return {memory.data(), view.stride[0], view.stride[1], view.stride[2]};
-  }
-
-  // The same with stride 0 where there is one element for all.
-  template <class Pointer>
-  static Strided<Pointer> broadcast(Strided<Pointer> tensor, const View& view) {
-    if (view.size[0] == 1) tensor.batch = 0;
-    if (view.size[1] == 1) tensor.head = 0;
-    if (view.size[2] == 1) tensor.row = 0;
-    return tensor;
-  }
-
-  // A tensor of random numbers in [-2, 2], or of what `value` gives.
-  template <class Value>
-  Memory& filled(const View& view, DType dtype, Value value) {
-    inputs_.push_back(std::make_unique<Memory>(view.elements(), dtype, guard_before_));
-    Memory& memory = *inputs_.back();
-    memory.fill_nan();
-    view.for_each([&](int64_t offset) { memory.set(offset, value()); });
-    return memory;
-  }
-  double number() { return static_cast<double>(random_.below(257)) / 64 - 2; }
-
   Input input(int64_t heads, int64_t rows, int64_t columns) {
     const View view = layout(c_.batch, heads, rows, columns);
     return strided<const void*>(view, filled(view, c_.dtype, [&] { return number(); }));
-  }
-  const void* numbers(int64_t count, DType dtype) {
-    return filled(View::make(1, 1, 1, count, 0, 0), dtype, [&] { return number(); }).data();
   }
   Output output(const std::string& name, int64_t heads, int64_t rows, int64_t columns) {
     const View view = layout(c_.batch, heads, rows, columns);
@@ -272,19 +176,6 @@ struct Instance {
     results_.back().zeroed = true;
     return data;
   }
-  int64_t one_or(int64_t all) { return random_.one_in(2) ? all : 1; }
-  Memory& result(const std::string& name, const View& view, DType dtype) {
-    results_.push_back({name, view, std::make_unique<Memory>(view.elements(), dtype, guard_before_), false});
-    return *results_.back().memory;
-  }
-  template <class Value>
-  const int32_t* integers(int64_t count, Value value) {
-    integers_.push_back(std::make_unique<Memory>(count, DType::f32, guard_before_));
-    int32_t* data = static_cast<int32_t*>(integers_.back()->data());
-    for (int64_t i = 0; i < count; ++i) data[i] = value(i);
-    return data;
-  }
-
   void add_masks() {
     if (c_.intervals) {
       const bool batched = random_.one_in(2);
@@ -448,72 +339,17 @@ struct Instance {
   }
 
   Case c_;
-  Random random_;
   RotaryProblem rotate_query_, rotate_key_;
   std::deque<std::vector<int64_t>> positions_;
-  bool guard_before_;
-  std::vector<std::unique_ptr<Memory>> inputs_, integers_, masks_;
-  std::vector<Result> results_;
+  std::vector<std::unique_ptr<Memory>> masks_;
 };
 
-// --- Checks ---
-
-void compare(const char* name, const std::map<std::string, std::vector<double>>& expected,
-             const std::map<std::string, std::vector<double>>& got, double tolerance) {
-  for (const auto& [key, values] : expected) {
-    const std::vector<double>& others = got.at(key);
-    double largest = 1;
-    for (double value : values) {
-      if (std::isfinite(value)) largest = std::max(largest, std::fabs(value));
-    }
-    for (size_t i = 0; i < values.size(); ++i) {
-      const bool same = values[i] == others[i] || std::fabs(values[i] - others[i]) <= tolerance * largest;
-      require(same, std::string(name) + ": " + key + "[" + std::to_string(i) + "] is " + std::to_string(others[i]) +
-                        ", expected " + std::to_string(values[i]));
-    }
-  }
-}
-
-void check(const Case& c) {
-  // Coarse, for gradients that cancel to nothing keep the noise of a rounded output: a wrong element is far outside,
-  // and precision is the business of the Python tests.
-  const double tolerances[] = {/*f32*/ 1e-3, /*bf16*/ 0.3, /*f16*/ 0.05, /*f64*/ 1e-10};
-  const Parallel serial{1, run_serially}, threaded{3, run_threaded};
-  std::map<std::string, std::vector<double>> first;
-  for (const KernelTable* const* table = compiled_kernels(); *table; ++table) {
-    if (!cpu_can_run((*table)->name)) continue;
-    context().isa = (*table)->name;
-    auto alone = Instance(c, /*guard_before=*/false).run(**table, serial);
-    auto together = Instance(c, /*guard_before=*/true).run(**table, threaded);
-    compare("three threads against one", alone, together, 0);
-    if (first.empty()) first = alone;
-    compare("another instruction set", first, alone, tolerances[static_cast<int>(c.dtype)]);
-  }
-}
-
 }  // namespace
+
+void attention_case(Random& random) {
+  const Case c = make_case(random);
+  context().text += describe(c);
+  check<Instance>(c);
+}
+
 }  // namespace pyext
-
-// Fresh memory, the kernels' scratch included, holds NaN.
-extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
-  return "max_malloc_fill_size=268435456:malloc_fill_byte=255";
-}
-
-int main(int argc, char** argv) {
-  using namespace pyext;
-  __sanitizer_set_death_callback(
-      [] { std::fprintf(stderr, "FAILED %s [%s]\n", context().text.c_str(), context().isa.c_str()); });
-  const int cases = argc > 1 ? std::atoi(argv[1]) : 200;
-  Random random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-  for (int i = 0; i < cases; ++i) {
-    const Case c = make_case(random);
-    context().text = "case " + std::to_string(i) + " (" + describe(c) + ")";
-    check(c);
-  }
-  std::printf("%d attention cases passed, forward and backward, on", cases);
-  for (const KernelTable* const* table = compiled_kernels(); *table; ++table) {
-    std::printf(" %s%s", (*table)->name, cpu_can_run((*table)->name) ? "" : " (not: this CPU cannot)");
-  }
-  std::printf("\n");
-  return 0;
-}

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
+#include "strided.h"
 
 namespace pyext {
 

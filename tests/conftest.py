@@ -78,6 +78,7 @@ def clean_slate(request):
 CHOICES = {
     "backend": lambda backend: True,
     "kernel": lambda backend: backend.impl != "reference",
+    "family": lambda backend: backend in backends.CPU[-1:] + backends.TRITON,
     "fp64_backend": lambda backend: backend.widest == torch.float64,
 }
 
@@ -99,6 +100,13 @@ def backend(request):
 @pytest.fixture
 def kernel(request):
     """Every implementation but the reference."""
+    with request.param.selected():
+        yield request.param
+
+
+@pytest.fixture
+def family(request):
+    """One of each family of kernels, the CPU's on the best instruction set: for what does not depend on it."""
     with request.param.selected():
         yield request.param
 

@@ -14,9 +14,10 @@ from support import backends
 from support.cases import DTYPES
 from support.gated import ACTIVATIONS, Layer, check, draw, run, with_gradients
 
+OP = "gated_mlp"
 SIZES = [  # around the widths of vectors, tiles and panels; up to 8 rows take a kernel of their own
-    (1, 16, 16, 16), (2, 33, 17, 5), (3, 1, 1, 1), (4, 100, 70, 33), (5, 7, 50, 40), (8, 64, 64, 64), (9, 33, 31, 7),
-    (13, 1, 1, 1), (20, 40, 48, 33), (66, 65, 129, 50), (100, 150, 70, 140), (17, 300, 16, 8), (17, 8, 300, 16),
+    (1, 16, 16, 16), (2, 33, 17, 5), (3, 1, 40, 1), (4, 100, 70, 33), (5, 7, 50, 40), (8, 64, 64, 64), (9, 33, 31, 7),
+    (13, 40, 1, 30), (20, 40, 48, 33), (66, 65, 129, 50), (100, 150, 70, 140), (17, 300, 16, 8), (17, 8, 300, 16),
 ]  # fmt: skip
 LAYOUTS = ("padded_rows", "unaligned", "every_second", "columns", "expanded_rows")
 CASES = [
@@ -47,14 +48,14 @@ def dtype_name(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("which", CASES, ids=str)
 def test_against_pytorch(which, dtype, backend, session_seed):
-    check(which, dtype, backend.impl, session_seed)
+    check(which, dtype, backend, session_seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("which", EMPTY, ids=str)
 def test_empty(which, dtype, backend, session_seed):
     """No rows, no features, no hidden features: biases alone, zeros where a sum is empty."""
-    check(which, dtype, backend.impl, session_seed)
+    check(which, dtype, backend, session_seed)
 
 
 @settings(
@@ -81,24 +82,24 @@ def test_empty(which, dtype, backend, session_seed):
     threads=st.sampled_from([1, 2]),
 )
 def test_any_call(which, dtype, seed, threads):
-    for backend in backends.ALL:
+    for backend in backends.of(OP):
         with backend.selected():
-            check(which, dtype, backend.impl, seed, threads)
+            check(which, dtype, backend, seed, threads)
 
 
 @pytest.mark.parametrize("j", [None, 12])
 @pytest.mark.parametrize("which_gradient", range(7))
-def test_each_gradient_alone(which_gradient, j, cpu, seed):
+def test_each_gradient_alone(which_gradient, j, kernel, seed):
     """What is not wanted is not computed; what is, is the same as among others."""
     case = Layer(19, 20, 37, j)
-    drawn = draw(case, torch.float32, seed)
+    drawn = draw(case, torch.float32, seed, kernel.device)
     if which_gradient >= len(drawn.leaves):
         pytest.skip("gated_linear has fewer tensors")
-    everything = run(case, drawn, cpu.impl)
+    everything = run(case, drawn, kernel.impl)
     leaves = [x.detach().requires_grad_(i == which_gradient) for i, x in enumerate(drawn.leaves)]
     name = drawn.names[which_gradient]
     grads = with_gradients(
-        lambda leaf: case.call(cpu.impl, *(leaf if x.requires_grad else x for x in leaves)),
+        lambda leaf: case.call(kernel.impl, *(leaf if x.requires_grad else x for x in leaves)),
         [leaves[which_gradient]],
         [name],
         drawn.grad,
@@ -120,34 +121,34 @@ def test_deterministic_at_any_thread_count(which, dtype, cpu, seed):
 @pytest.mark.parametrize("mlp", [False, True])
 def test_leading_dimensions(shape, mlp, backend):
     case = Layer(1, 6, 5, 4 if mlp else None)
-    x, *weights = draw(case, torch.float64, 1).leaves
-    x = torch.randn(shape, dtype=torch.float64)
+    x, *weights = draw(case, backend.widest, 1, backend.device).leaves
+    x = torch.randn(shape, dtype=backend.widest)
     out = case.call(backend.impl, x, *weights)
     assert out.shape == (*shape[:-1], 4 if mlp else 5)
     torch.testing.assert_close(out, case.formula(x, *weights))
 
 
 @pytest.mark.parametrize("mlp", [False, True])
-def test_saved_bytes(mlp, cpu):
+def test_saved_bytes(mlp, kernel):
     """x and the pre-activations, besides the weights, which are there anyway."""
     case = Layer(64, 32, 48, 16 if mlp else None)
-    drawn, saved = draw(case, torch.float32, 1), {}
+    drawn, saved = draw(case, torch.float32, 1, kernel.device), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        case.call("cpu", *drawn.leaves)
+        case.call(kernel.impl, *drawn.leaves)
     weights = {leaf.data_ptr() for leaf in drawn.leaves[1:]}
     bytes_saved = sum(t.nbytes for t in saved.values() if t.data_ptr() not in weights)
     assert bytes_saved <= drawn.leaves[0].nbytes + case.m * 2 * case.n * 4
 
 
-def test_rows_do_not_depend_on_each_other(cpu):
+def test_rows_do_not_depend_on_each_other(kernel):
     """A row with NaN or infinities touches no other row of out."""
     case = replace(Layer(20, 33, 40, 17), bias=False)
-    drawn = draw(case, torch.float32, 3)
+    drawn = draw(case, torch.float32, 3, kernel.device)
     x, *weights = (leaf.detach() for leaf in drawn.leaves)
-    clean = case.call("cpu", x, *weights)
+    clean = case.call(kernel.impl, x, *weights)
     x = x.clone()
     x[7], x[11] = torch.nan, torch.inf
-    out = case.call("cpu", x, *weights)
+    out = case.call(kernel.impl, x, *weights)
     others = [i for i in range(20) if i not in (7, 11)]
     assert torch.equal(out[others], clean[others]) and out[7].isnan().all()
 

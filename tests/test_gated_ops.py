@@ -10,6 +10,7 @@ import pyext
 from pyext._primitives import ACTIVATIONS
 from support.gated import FORMS, Layer, Unit, draw
 
+OP = "gated_mlp"
 UNITS = [
     *(Unit("geglu", form, (2, 1, 3, 9)) for form in FORMS),
     Unit("swiglu", shape=(0, 2, 3, 4)),
@@ -40,30 +41,38 @@ def layer_arguments(which: Layer, leaves, *numbers):
     return *(named.get(name) for name in names), ACTIVATIONS.index(which.activation), *numbers
 
 
-def drawn_leaves(which, dtype, requires_grad):
-    drawn = draw(which, dtype, 1)
+def drawn_leaves(which, dtype, requires_grad, device):
+    drawn = draw(which, dtype, 1, device)
     return drawn, [x.detach().requires_grad_(requires_grad) for x in drawn.leaves]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", UNITS, ids=str)
-def test_opcheck_of_units(which, dtype, requires_grad, cpu_best):
-    drawn, leaves = drawn_leaves(which, dtype, requires_grad)
+def test_opcheck_of_units(which, dtype, requires_grad, family):
+    drawn, leaves = drawn_leaves(which, dtype, requires_grad, family.device)
     arguments = unit_arguments(which, leaves)
-    torch.library.opcheck(torch.ops.pyext.glu_forward.default, arguments)
+    if family.refuses(dtype):
+        with pytest.raises(RuntimeError, match="gate must be float32, bfloat16 or float16"):
+            family.operators.glu_forward.default(*arguments)
+        return
+    torch.library.opcheck(family.operators.glu_forward.default, arguments)
     arguments = unit_arguments(which, [x.detach() for x in leaves])  # it has no derivative
-    torch.library.opcheck(torch.ops.pyext.glu_backward.default, (drawn.grad, *arguments))
+    torch.library.opcheck(family.operators.glu_backward.default, (drawn.grad, *arguments))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", LAYERS, ids=str)
-def test_opcheck_of_layers(which, dtype, requires_grad, cpu_best):
-    drawn, leaves = drawn_leaves(which, dtype, requires_grad)
+def test_opcheck_of_layers(which, dtype, requires_grad, family):
+    drawn, leaves = drawn_leaves(which, dtype, requires_grad, family.device)
     name = "gated_linear" if which.j is None else "gated_mlp"
-    ops = torch.ops.pyext
+    ops = family.operators
     forward, backward = (getattr(ops, f"{name}_{direction}").default for direction in ("forward", "backward"))
+    if family.refuses(dtype):
+        with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16"):
+            forward(*layer_arguments(which, leaves, True))
+        return
     for save in (False, True):
         torch.library.opcheck(forward, layer_arguments(which, leaves, save))
     leaves = [x.detach() for x in leaves]  # the backward has no derivative
@@ -77,11 +86,11 @@ def test_opcheck_of_layers(which, dtype, requires_grad, cpu_best):
 
 
 @pytest.mark.parametrize("which", UNITS + LAYERS, ids=str)
-def test_fake_strides(which, cpu_best):
-    leaves = [x.detach() for x in draw(which, torch.float32, 1).leaves]
-    real = which.call("cpu", *leaves)
+def test_fake_strides(which, family):
+    leaves = [x.detach() for x in draw(which, torch.float32, 1, family.device).leaves]
+    real = which.call(family.impl, *leaves)
     with FakeTensorMode() as mode:
-        fake = which.call("cpu", *map(mode.from_tensor, leaves))
+        fake = which.call(family.impl, *map(mode.from_tensor, leaves))
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
@@ -108,10 +117,10 @@ M, W, D = torch.randn(2, 6), torch.randn(4, 6), torch.randn(3, 4)
         (lambda op: op.gated_linear_backward(M[:, :4], M, M, W, W, 0, True, True, True), "pre must be"),
     ],
 )
-def test_the_ops_protect_memory(call, message, cpu_best):
+def test_the_ops_protect_memory(call, message, family):
     """What Python checks first, the ops themselves refuse too: they are public to torch."""
     with pytest.raises(RuntimeError, match=message):
-        call(torch.ops.pyext)
+        call(family.operators)
 
 
 # --- torch.compile ---
@@ -158,6 +167,18 @@ def test_compiles_whole_with_dynamic_shapes(name, cpu_best):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiles_whole_for_each_family(family):
+    def function(x, *w):
+        return pyext.gated_mlp(pyext.geglu(x, x.flip(0), impl=family.impl), *w, impl=family.impl)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    parameters = weights()
+    for sizes in ((2, 5, 10), (3, 4, 10)):
+        leaves = [torch.randn(sizes, requires_grad=True), *parameters]
+        for a, b in zip(outputs(compiled, leaves), outputs(function, leaves)):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
 @pytest.mark.parametrize("name", ["geglu", "gated_mlp"])
 def test_inductor(name, cpu_best):
     compiled = torch.compile(CALLS[name], fullgraph=True, dynamic=True)
@@ -175,10 +196,12 @@ def test_inductor(name, cpu_best):
 def test_autocast(dtype, backend):
     """Layers are cast as linear layers are; units keep the dtype they get."""
     x, parameters = torch.randn(5, 10, requires_grad=True), weights()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(backend.device, dtype=dtype):
         assert pyext.swiglu(x, impl=backend.impl).dtype == torch.float32
         out = pyext.gated_mlp(x, *parameters, impl=backend.impl)
-        assert pyext.gated_mlp(x.double(), *(w.double() for w in parameters), impl=backend.impl).dtype == torch.float64
+        if backend.widest == torch.float64:
+            out64 = pyext.gated_mlp(x.double(), *(w.double() for w in parameters), impl=backend.impl)
+            assert out64.dtype == torch.float64
     assert out.dtype == dtype
     out.float().sum().backward()
     assert all(leaf.grad.dtype == torch.float32 for leaf in (x, *parameters))

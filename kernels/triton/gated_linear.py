@@ -193,18 +193,21 @@ def _parts(w_gate: Tensor, w_up: Tensor | None, b_gate: Tensor | None, b_up: Ten
 
 
 def _check(x: Tensor, w_gate: Tensor, w_up: Tensor | None, activation: int) -> None:
-    check(x.dim() == 2, "x must have 2 dimensions")
+    check(x.dim() == w_gate.dim() == 2, "x, the weights and grad must have 2 dimensions")
     check(x.dtype in DTYPES, "x must be float32, bfloat16 or float16")
     check(0 <= activation < len(ACTIVATIONS), "activation must be an index into ACTIVATIONS")
-    check(w_gate.dim() == 2 and w_gate.shape[1] == x.shape[1] and w_gate.dtype == x.dtype, "w_gate must match x")
-    if w_up is None:
-        check(w_gate.shape[0] % 2 == 0, "a packed w_gate must have an even number of rows")
-    else:
-        check(w_up.shape == w_gate.shape and w_up.dtype == x.dtype, "w_up must match w_gate")
+    check(
+        w_gate.shape[1] == x.shape[1] and w_gate.dtype == x.dtype and (w_up is not None or w_gate.shape[0] % 2 == 0),
+        "w_gate must be (N, K) of x's dtype, or (2N, K) without w_up",
+    )
+    check(w_up is None or (w_up.shape == w_gate.shape and w_up.dtype == x.dtype), "w_up must match w_gate")
 
 
-def _check_vector(name: str, bias: Tensor | None, like: Tensor, size: int) -> None:
-    check(bias is None or (bias.shape == (size,) and bias.dtype == like.dtype), f"{name} must match its weight")
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    check(
+        bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype),
+        "a bias must have an element of x's dtype for every row of its weight",
+    )
 
 
 def gated_linear_forward(
@@ -213,9 +216,9 @@ def gated_linear_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out (M, N), the pre-activations (M, 2N), or shape (0,) unless `save`)."""
     _check(x, w_gate, w_up, activation)
-    _check_vector("b_gate", b_gate, x, w_gate.shape[0])
-    _check_vector("b_up", b_up, x, w_gate.shape[0])
     check(w_up is not None or b_up is None, "b_up must be None without w_up")
+    _check_bias(b_gate, w_gate)
+    _check_bias(b_up, w_gate)
     x, b_gate, b_up = readable(x), readable(b_gate), readable(b_up)
     gate, up, gate_bias, up_bias = _parts(readable(w_gate), readable(w_up), b_gate, b_up)
     (rows, depth), columns = x.shape, gate.shape[0]
@@ -242,23 +245,23 @@ def gated_linear_backward(
 
 
 def _check_pre(pre: Tensor, x: Tensor, columns: int) -> None:
-    check(pre.shape == (x.shape[0], 2 * columns) and pre.dtype == x.dtype, "pre must hold the pre-activations (M, 2N)")
+    check(pre.shape == (x.shape[0], 2 * columns) and pre.dtype == x.dtype, "pre must be (M, 2N) of x's dtype")
 
 
 def _gradients(
     grad_pre: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor | None, need_x: bool, need_w: bool, need_b: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w_gate, w_up, b_gate, b_up, from that of the pre-activations."""
-    none = x.new_empty((0,))
     parts = (grad_pre,) if w_up is None else grad_pre.chunk(2, dim=1)
-    grad_x, weights, biases = none, [none, none], [none, none]
+    grads = [x.new_empty((0,)) for _ in range(5)]
     if need_x:
-        grad_x = grad_pre @ w_gate if w_up is None else _input_gradient(grad_pre, w_gate, w_up)
-    if need_w:
-        weights[: len(parts)] = [part.T @ x for part in parts]
-    if need_b:
-        biases[: len(parts)] = [part.sum(0, dtype=torch.float32).to(x.dtype) for part in parts]
-    return grad_x, *weights, *biases
+        grads[0] = grad_pre @ w_gate if w_up is None else _input_gradient(grad_pre, w_gate, w_up)
+    for n, part in enumerate(parts):
+        if need_w:
+            grads[1 + n] = part.T @ x
+        if need_b:
+            grads[3 + n] = part.sum(0, dtype=torch.float32).to(x.dtype)
+    return tuple(grads)
 
 
 def _input_gradient(grad_pre: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
@@ -278,12 +281,15 @@ def gated_mlp_forward(
     """(out (M, J), the pre-activations (M, 2N), or shape (0,) unless `save`)."""
     hidden, pre = gated_linear_forward(x, w_gate, w_up, b_gate, b_up, activation, save)
     _check_down(w_down, x, hidden.shape[1])
-    _check_vector("b_down", b_down, x, w_down.shape[0])
+    _check_bias(b_down, w_down)
     return torch.nn.functional.linear(hidden, w_down, b_down), pre
 
 
 def _check_down(w_down: Tensor, x: Tensor, columns: int) -> None:
-    check(w_down.dim() == 2 and w_down.shape[1] == columns and w_down.dtype == x.dtype, "w_down must match w_gate")
+    check(
+        w_down.dim() == 2 and w_down.shape[1] == columns and w_down.dtype == x.dtype,
+        "w_down must be (J, N) of x's dtype",
+    )
 
 
 def gated_mlp_backward(

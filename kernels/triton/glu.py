@@ -25,7 +25,10 @@ GEGLU, GEGLU_TANH, SWIGLU, RELU = (
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """The logistic function and its derivative, both without cancellation or overflow."""
+    tail = tl.exp(-tl.abs(x))
+    inverse = 1.0 / (1.0 + tail)
+    return tl.where(x < 0.0, tail, 1.0) * inverse, tail * inverse * inverse
 
 
 @triton.jit
@@ -37,13 +40,13 @@ def activation(x, ACTIVATION: tl.constexpr):
         return x * phi, phi + x * density
     elif ACTIVATION == GEGLU_TANH:  # (1 + tanh z) / 2 is the sigmoid of 2 z
         square = x * x
-        s = _sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
-        # From |x| = 100 on s (1 - s) is 0, and must not meet an infinite square.
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * tl.minimum(square, 1e4))
-        return x * s, s + x * s * (1.0 - s) * slope
+        s, slope = _sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+        # From |x| = 100 on the slope is 0, and must not meet an infinite square.
+        slope *= 1.5957691216057308 * (1.0 + 0.134145 * tl.minimum(square, 1e4))
+        return x * s, s + x * slope
     elif ACTIVATION == SWIGLU:
-        s = _sigmoid(x)
-        return x * s, s + x * s * (1.0 - s)
+        s, slope = _sigmoid(x)
+        return x * s, s + x * slope
     else:  # max(x, 0); NaN stays NaN
         return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
 

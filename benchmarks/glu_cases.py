@@ -76,6 +76,7 @@ def unit_work(activation: str, direction: str, dtype: str, seed: int) -> Work:
     ways, notes = {"pyext": own, EAGER: eager}, []
     try:
         with time_limit(120):
+            torch._dynamo.reset()  # which counts how often it has compiled a function of this place
             compiled = torch.compile(eager)
             for contender in _calls(direction, {COMPILED: compiled}, [gate, up], grad):
                 contender.call()

@@ -28,7 +28,7 @@ CASES = [
     *(Layer(m, 20, 37, 12, bias=False) for m in (3, 30)),
     *(Layer(m, 21, 19, 12, layout=kind) for m in (1, 6, 19) for kind in LAYOUTS),
     *(Layer(19, 21, 18, 12, packed=True, layout=kind) for kind in LAYOUTS[:2]),
-    Layer(2100, 20, 33, 19),  # more than two rounds of the backward
+    Layer(2100, 20, 33, 19),  # several rounds of the backward
     Layer(1030, 17, 20, activation="geglu_tanh", packed=True),
 ]
 EMPTY = [

@@ -43,6 +43,12 @@ def rounding(reference: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((x + 0.3 - 0.3) - x).abs().double() * scale
 
 
+def decisive(reference: torch.Tensor) -> int:
+    """How many results are within a factor of two of the largest, for `independent`: where each error is a few units in
+    the last place of its result (elementwise ops), these alone have the largest unit, and decide the largest error."""
+    return int((reference.abs() > reference.abs().max() / 2).sum()) if reference.numel() else 0
+
+
 def slack(count: int) -> float:
     """How much the limits widen when only `count` independent elements are compared."""
     return max(1.0, 0.75 + 4.0 / math.sqrt(max(count, 1)))

@@ -186,5 +186,9 @@ def check(case: Unit | Layer, dtype: torch.dtype, impl: str, seed: int, threads:
         like = inputs.get(name, drawn.grad)
         assert (value.dtype, value.shape) == (like.dtype, like.shape), name
         terms = magnitude.get(name) if value.numel() else None
+        # With a handful of values eager's error may be next to nothing by luck.
+        floor = terms * torch.finfo(dtype).eps if terms is not None and independent < 64 else None
         where = f"{name} of {case} in {dtype}"
-        assert_close_to_reference(value, exact[name], plain[name], name=where, magnitude=terms, independent=independent)
+        assert_close_to_reference(
+            value, exact[name], plain[name], name=where, magnitude=terms, floor=floor, independent=independent
+        )

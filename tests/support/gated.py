@@ -192,6 +192,8 @@ def check(case: Unit | Layer, dtype: torch.dtype, backend: Backend, seed: int, t
         like = inputs.get(name, drawn.grad)
         assert (value.dtype, value.shape) == (like.dtype, like.shape), name
         terms = magnitude.get(name) if value.numel() else None
+        # With a handful of values eager's error may be next to nothing by luck.
+        floor = terms * torch.finfo(dtype).eps if terms is not None and independent < 64 else None
         where = f"{name} of {case} in {dtype}"
         # Units round each result by itself; GPU layers round between GEMMs where eager does, and err as much.
         if isinstance(case, Unit) or backend.impl in ("triton", "cuda"):
@@ -199,4 +201,6 @@ def check(case: Unit | Layer, dtype: torch.dtype, backend: Backend, seed: int, t
             count = count if independent is None else min(count, independent)
         else:
             count = independent
-        assert_close_to_reference(value, exact[name], plain[name], name=where, magnitude=terms, independent=count)
+        assert_close_to_reference(
+            value, exact[name], plain[name], name=where, magnitude=terms, floor=floor, independent=count
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._primitives import ACTIVATIONS
 from ._launch import DTYPES, check, leading, on, readable
 
-ELEMENTS = 2048  # of a tile: sixteen per thread
+ELEMENTS = 2048  # of a tile: sixteen per thread; half as many where the backward holds neighbours in both orders
 #: Columns of a tile, for rows of at least so many; the rows of a tile follow from it.
 COLUMNS = ((16384, 2048), (128, 256), (0, 64))
 
@@ -172,7 +172,8 @@ def _run(kernel, inputs: list[Tensor], outputs: list[Tensor], width: int, packed
     sizes, strides = layout
     rows = sizes[0] * sizes[1] * sizes[2]
     columns = next(columns for least, columns in COLUMNS if width >= least)
-    tile = {"ROWS": ELEMENTS // columns, "COLUMNS": columns}
+    elements = ELEMENTS // 2 if flags["INTERLEAVED"] and len(outputs) > 1 else ELEMENTS
+    tile = {"ROWS": max(elements // columns, 1), "COLUMNS": columns}
     grid = (triton.cdiv(width, columns) * triton.cdiv(rows, tile["ROWS"]),)
     with on(inputs[0].device):
         kernel[grid](

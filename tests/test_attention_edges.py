@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyext
-from support.cases import DTYPES, case, check, compare, draw, expected, run
+from support.cases import DTYPES, case, check, compare, draw, dtype_name, expected, run
 from support.parts import (
     Shape,
     alibi,
@@ -26,10 +26,6 @@ from support.parts import (
 FINITE_MASKED = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE = Shape(2, 4, 4, 50, 67, 24, 24)
 MORE_QUERIES = Shape(2, 4, 2, 67, 21, 24, 24)
-
-
-def dtype_name(dtype):
-    return str(dtype)[6:]
 
 
 DEAD = [

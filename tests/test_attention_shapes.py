@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support import layouts
-from support.cases import DTYPES, case, check, draw, run
+from support.cases import DTYPES, case, check, draw, dtype_name, run
 from support.parts import Shape, alibi, causal, dense, dense_mask, diagonal, is_causal, padding, t5, window
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16)
@@ -43,10 +43,6 @@ LAYOUTS += [
     case(Shape(2, 4, 4, 37, 53, 24, 24), layout=("unaligned",) * 3, grad_layout="expanded_heads"),
     case(Shape(2, 4, 4, 37, 53, 24, 24), window(9, 9), layout="lbhd", grad_layout="expanded_batch"),
 ]
-
-
-def dtype_name(dtype):
-    return str(dtype)[6:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pyext
 from support import backends
-from support.cases import DTYPES
+from support.cases import DTYPES, dtype_name
 from support.gated import ACTIVATIONS, Layer, check, draw, run, with_gradients
 
 OP = "gated_mlp"
@@ -39,10 +39,6 @@ EMPTY = [
     ]
     for packed in (False, True)
 ]  # fmt: skip
-
-
-def dtype_name(dtype):
-    return str(dtype)[6:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pyext
 from support import backends, layouts
-from support.cases import DTYPES
+from support.cases import DTYPES, dtype_name
 from support.gated import ACTIVATIONS, FORMS, Unit, check, draw, run
 
 OP = "geglu"
@@ -26,10 +26,6 @@ CASES = [
     Unit("swiglu", shape=(30, 40, 50, 3)),
 ]
 EMPTY = [Unit("geglu", form, shape) for form in FORMS for shape in ((0, 2, 3, 4), (1, 2, 0, 4), (2, 3, 4, 0))]
-
-
-def dtype_name(dtype):
-    return str(dtype)[6:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

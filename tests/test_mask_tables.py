@@ -137,7 +137,7 @@ def check_table(problem, lq, lk):
     assert offsets.dtype == index.dtype == torch.int32 and bits.dtype == torch.uint8
     assert offsets.shape[2] == rows + 1 and index.shape[1] == 2 and bits.shape[1:] == (BLOCK, BLOCK // 8)
     assert offsets.is_contiguous() and index.is_contiguous() and bits.is_contiguous()
-    shown = _tables.unpack(bits)
+    shown = (bits[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2).bool()
     used = set()
     for b, h, r in torch.cartesian_prod(*map(torch.arange, (*offsets.shape[:2], rows))).tolist():
         first, last = offsets[b, h, r].item(), offsets[b, h, r + 1].item()

@@ -12,14 +12,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import pyext
 from support import backends, layouts, rotary
-from support.cases import DTYPES
+from support.cases import DTYPES, dtype_name
 from support.rotary import POSITIONS, TABLES, Case, check, draw, run
 
 OP = "rotary"
-
-
-def dtype_name(dtype):
-    return str(dtype)[6:]
 
 
 SIZES = [  # D, R around the widths of all vectors

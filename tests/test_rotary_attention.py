@@ -8,11 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 
 import pyext
 from support import oracle
-from support.cases import DTYPES
-
-
-def dtype_name(dtype):
-    return str(dtype)[6:]
+from support.cases import DTYPES, dtype_name
 
 
 def leaves_of(b, hq, hkv, lq, lk, d, r, dtype, batch=False, seed=0):

@@ -15,9 +15,7 @@ ELEMENTS = 2048  # of a tile: sixteen per thread; half as many where the backwar
 #: Columns of a tile, for rows of at least so many; the rows of a tile follow from it.
 COLUMNS = ((16384, 2048), (128, 256), (0, 64))
 
-GEGLU, GEGLU_TANH, SWIGLU, RELU = (
-    tl.constexpr(ACTIVATIONS.index(n)) for n in ("geglu", "geglu_tanh", "swiglu", "reglu")
-)
+GEGLU, GEGLU_TANH, SWIGLU = (tl.constexpr(ACTIVATIONS.index(name)) for name in ("geglu", "geglu_tanh", "swiglu"))
 
 
 # --- The functions ---

@@ -177,11 +177,6 @@ def _pack(visible: Tensor) -> Tensor:
     return ((eight * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
-def unpack(bits: Tensor) -> Tensor:
-    """uint8 (bitmaps, BLOCK, BLOCK / 8) -> bool (bitmaps, BLOCK, BLOCK)."""
-    return (bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1).flatten(-2).bool()
-
-
 class _Bitmaps:
     """Distinct bitmaps in the order in which they come.
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../support/splitmix.h"
 #include "strided.h"
 
 namespace pyext {
@@ -32,22 +33,12 @@ inline void require(bool holds, const std::string& message) {
   std::abort();
 }
 
-// splitmix64
-class Random {
+// Numbers made of random bits.
+class Random : public Splitmix {
  public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    state_ += 0x9E3779B97F4A7C15u;
-    uint64_t z = state_;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-  }
+  using Splitmix::Splitmix;
   int64_t below(int64_t limit) { return static_cast<int64_t>(next() % static_cast<uint64_t>(limit)); }
   bool one_in(int64_t n) { return below(n) == 0; }
-
- private:
-  uint64_t state_;
 };
 
 // A (batch, heads, rows, columns) tensor with unit last stride.

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../support/splitmix.h"
 #include "ptx.h"
 
 #ifndef __CUDACC__
@@ -19,17 +20,10 @@ extern "C" const char* simt_error();
 
 namespace pyext {
 
-// splitmix64, and numbers made of it
-class Random {
+// Numbers made of random bits.
+class Random : public Splitmix {
  public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    state_ += 0x9E3779B97F4A7C15u;
-    uint64_t z = state_;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-  }
+  using Splitmix::Splitmix;
   uint32_t bits() { return static_cast<uint32_t>(next() >> 32); }
   int below(int limit) { return static_cast<int>(next() % static_cast<uint64_t>(limit)); }
   // Of all magnitudes from 2^-40 to 2^40, zero, and infinity; no NaN, whose bits formats are free to choose.
@@ -40,9 +34,6 @@ class Random {
     const float size = ldexpf(1 + static_cast<float>(below(1 << 23)) * 0x1p-23f, below(81) - 40);
     return below(2) ? size : -size;
   }
-
- private:
-  uint64_t state_;
 };
 
 // Device memory with a copy on the host; fails loudly, once and for all.

@@ -19,6 +19,11 @@ Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" and so on, for the names of tests."""
+    return str(dtype)[6:]
+
+
 @dataclass(frozen=True)
 class Case:
     """parts: biases and masks. sinks: None or "learned". lse: whether a gradient flows into the log-sum-exp.

@@ -174,7 +174,7 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sibling, run, x, w_gate, w_up, b_gate, b_up, activation, save):
-        out, pre = run(x, w_gate, w_up, b_gate, b_up, activation, True)
+        out, pre = run(x, w_gate, w_up, b_gate, b_up, activation, save or any(ctx.needs_input_grad))
         ctx.save_for_backward(x, pre, w_gate, w_up)
         ctx.sibling, ctx.activation = sibling, activation
         return _outputs(ctx, out, pre, save)
@@ -194,7 +194,8 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sibling, run, x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, save):
-        out, pre = run(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, True)
+        keep = save or any(ctx.needs_input_grad)
+        out, pre = run(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, keep)
         ctx.save_for_backward(x, pre, w_gate, w_up, w_down)
         ctx.sibling, ctx.activation = sibling, activation
         return _outputs(ctx, out, pre, save)

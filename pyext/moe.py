@@ -6,8 +6,8 @@ loss = ... + 0.01 * routing.balance_loss + 0.001 * routing.z_loss
 """
 
 from ._primitives import Routing as Routing
-from .ops.moe_experts import combine as combine
-from .ops.moe_experts import dispatch as dispatch
+from .ops.moe_dispatch import combine as combine
+from .ops.moe_dispatch import dispatch as dispatch
 from .ops.moe_experts import experts as experts
 from .ops.moe_experts import forward as forward
 from .ops.moe_experts import grouped_linear as grouped_linear

@@ -1,4 +1,4 @@
-"""`moe.dispatch`, `grouped_linear`, `experts`, `combine`, `forward`: validate, lower, choose a backend, call it."""
+"""`moe.grouped_linear`, `experts`, `forward`: validate, lower, choose a backend, call it."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,6 @@ from .. import _checks, _dispatch
 from .._primitives import (
     ACTIVATIONS,
     EXPERT_ACTIVATIONS,
-    CombineProblem,
-    DispatchProblem,
     ExpertsProblem,
     GroupedLinearProblem,
     MoEProblem,
@@ -16,25 +14,7 @@ from .._primitives import (
     acc_dtype,
 )
 from ..reference import moe_experts as _reference
-
-
-def dispatch(x: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
-    """xs[n] = x[routing.source[n]], 0 in rows that no choice uses: the tokens of each expert side by side.
-
-    Args:
-        x: (T, H). float32, bfloat16, float16 or float64; any strides.
-        routing: what `route` returned.
-        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
-    Returns:
-        (N, H) in x's dtype, rows sorted by expert, then by token. Differentiable: a token's gradient is the sum over
-        its rows, taken in fp32 (fp64 for fp64) and rounded once.
-    Raises:
-        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
-    Source: Shazeer et al., "Outrageously large neural networks" (2017), section 3.
-    """
-    problem = _prepare_dispatch(x, routing)
-    _dispatch.choose("moe.dispatch", impl, problem)
-    return _reference.dispatch(problem)
+from .moe_dispatch import check_rows, checked_routing
 
 
 def grouped_linear(xs: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
@@ -90,25 +70,6 @@ def experts(
     return _reference.experts(problem)
 
 
-def combine(ys: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
-    """out[t] = sum_k routing.weights[t, k] ys[routing.position[t, k]]; a token without a row gets 0.
-
-    Args:
-        ys: (N, J), rows as `dispatch` orders them. float32, bfloat16, float16 or float64; any strides.
-        routing: what `route` returned.
-        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
-    Returns:
-        (T, J) in the dtype of ys; the sum is taken in fp32 (fp64 for fp64), in the order of k. Differentiable with
-        respect to ys and the weights.
-    Raises:
-        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
-    Source: Shazeer et al., "Outrageously large neural networks" (2017), eq. 1.
-    """
-    problem = _prepare_combine(ys, routing)
-    _dispatch.choose("moe.combine", impl, problem)
-    return _reference.combine(problem)
-
-
 def forward(
     x: Tensor,
     routing: Routing,
@@ -136,20 +97,6 @@ def forward(
     return _reference.forward(problem)
 
 
-def _prepare_dispatch(x, routing) -> DispatchProblem:
-    """Validate and lower a call of `dispatch`."""
-    routing = _routing(routing, x, "x")
-    _matrix("x", x, "T, H", routing.position.shape[0], "the tokens of routing")
-    return DispatchProblem(x, routing.source, routing.position)
-
-
-def _prepare_combine(ys, routing) -> CombineProblem:
-    """Validate and lower a call of `combine`."""
-    routing = _routing(routing, ys, "ys")
-    _matrix("ys", ys, "N, J", routing.source.shape[0], "the rows of routing")
-    return CombineProblem(ys, routing.weights.to(acc_dtype(ys.dtype)), routing.position)
-
-
 def _prepare_grouped(xs, w, offsets, bias) -> GroupedLinearProblem:
     """Validate and lower a call of `grouped_linear`."""
     xs, w, bias = _operands(xs=xs, w=w, bias=bias)
@@ -163,8 +110,8 @@ def _prepare_grouped(xs, w, offsets, bias) -> GroupedLinearProblem:
 def _prepare_experts(xs, routing, w_gate_up, w_down, activation, b_gate_up, b_down) -> ExpertsProblem:
     """Validate and lower a call of `experts`."""
     xs, *layer = _operands(xs=xs, w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down)
-    routing = _routing(routing, xs, "xs")
-    _matrix("xs", xs, "N, H", routing.source.shape[0], "the rows of routing")
+    routing = checked_routing(routing, xs, "xs")
+    check_rows("xs", xs, "N, H", routing.source.shape[0], "the rows of routing")
     number = _check_layer(xs, "xs", routing, *layer, activation)
     return ExpertsProblem(xs, *layer, routing.offsets, number)
 
@@ -172,8 +119,8 @@ def _prepare_experts(xs, routing, w_gate_up, w_down, activation, b_gate_up, b_do
 def _prepare_forward(x, routing, w_gate_up, w_down, activation, b_gate_up, b_down) -> MoEProblem:
     """Validate and lower a call of `forward`."""
     x, *layer = _operands(x=x, w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down)
-    routing = _routing(routing, x, "x")
-    _matrix("x", x, "T, H", routing.position.shape[0], "the tokens of routing")
+    routing = checked_routing(routing, x, "x")
+    check_rows("x", x, "T, H", routing.position.shape[0], "the tokens of routing")
     number = _check_layer(x, "x", routing, *layer, activation)
     weights = routing.weights.to(acc_dtype(x.dtype))
     return MoEProblem(x, *layer, weights, routing.offsets, routing.source, routing.position, number)
@@ -191,12 +138,6 @@ def _operands(**named) -> tuple[Tensor | None, ...]:
             _checks.same_dtype(name, value, first.dtype, like)
             _checks.same_device(name, value, first.device, like)
     return tensors
-
-
-def _matrix(name: str, value: Tensor, sizes: str, rows: int, why: str) -> None:
-    if value.dim() != 2 or value.shape[0] != rows:
-        expected = f"({rows}, {sizes.partition(', ')[2]})"
-        raise _checks.shape_error(name, expected, f"to match {why}", value)
 
 
 def _check_layer(xs: Tensor, name: str, routing: Routing, w_gate_up, w_down, b_gate_up, b_down, activation) -> int:
@@ -229,28 +170,6 @@ def _check_bias(name: str, bias: Tensor | None, weight: Tensor, weight_name: str
         raise _checks.shape_error(name, _checks.shape_text(weight.shape[:2]), f"to match {weight_name}", bias)
 
 
-def _routing(value, like: Tensor, name: str) -> Routing:
-    """A `Routing` whose tensors fit one another, on the device of `like`; its maps in int32."""
-    if not isinstance(value, Routing):
-        raise TypeError(f"routing must be a pyext.moe.Routing, got {type(value).__name__}")
-    _checks.floating(name, like)
-    weights = _checks.floating("routing.weights", value.weights)
-    if weights.dim() != 2:
-        raise _checks.shape_error("routing.weights", "(T, K)", "", weights)
-    maps = {
-        name: _checks.integer(f"routing.{name}", getattr(value, name)) for name in ("offsets", "source", "position")
-    }
-    if maps["position"].shape != weights.shape:
-        expected = _checks.shape_text(weights.shape)
-        raise _checks.shape_error("routing.position", expected, "to match routing.weights", maps["position"])
-    for key, expected in (("offsets", "(E + 1,)"), ("source", "(N,)")):
-        if maps[key].dim() != 1 or (key == "offsets" and maps[key].shape[0] == 0):
-            raise _checks.shape_error(f"routing.{key}", expected, "", maps[key])
-    for key, tensor in (("weights", weights), *maps.items()):
-        _checks.same_device(f"routing.{key}", tensor, like.device, name)
-    return value._replace(**{key: tensor.to(torch.int32) for key, tensor in maps.items()})
-
-
 def _offsets(value, xs: Tensor, count: int) -> Tensor:
     """offsets as int32 (E + 1,); its contents are checked where that needs no device sync."""
     if _checks.integer("offsets", value).shape != (count + 1,):
@@ -264,10 +183,8 @@ def _offsets(value, xs: Tensor, count: int) -> Tensor:
 
 
 for _function, _prepare in (
-    (dispatch, _prepare_dispatch),
     (grouped_linear, _prepare_grouped),
     (experts, _prepare_experts),
-    (combine, _prepare_combine),
     (forward, _prepare_forward),
 ):
     _dispatch.register(_function, _prepare, (), f"moe.{_function.__name__}")

@@ -1,10 +1,8 @@
-"""Mixture of experts after routing, the specification: plain PyTorch on the flat problems, differentiable at any order.
+"""The experts of a mixture, the specification: plain PyTorch on the flat problems, differentiable at any order.
 
-dispatch gathers the rows of each expert, experts run a feed-forward layer of their own on them, combine sums what comes
-back per token. All in fp32 (fp64 for fp64), each public step rounded once.
+Experts run a feed-forward layer of their own, each on its rows. In fp32 (fp64 for fp64), each public step rounded once.
 
 Sources:
-    sum of experts weighted by gates: Shazeer et al., "Outrageously large neural networks" (2017), eq. 1
     gated experts: as in Mixtral (Jiang et al., 2024), section 2.1; the units are those of `reference.glu`
     experts that are not gated: Fedus et al., "Switch Transformers" (2021), section 2.1
 """
@@ -17,25 +15,13 @@ from torch import Tensor
 from .. import _checks
 from .._primitives import (
     ACTIVATIONS,
-    CombineProblem,
-    DispatchProblem,
     ExpertsProblem,
     GroupedLinearProblem,
     MoEProblem,
     acc_dtype,
 )
 from .glu import gated
-
-
-def dispatch(problem: DispatchProblem) -> Tensor:
-    """Forward pass of `DispatchProblem`: (N, H) in x's dtype."""
-    # In fp32, so that a token's gradient, a sum over its rows, is rounded once.
-    return _rows(_padded(problem.x), problem.source).to(problem.x.dtype)
-
-
-def combine(problem: CombineProblem) -> Tensor:
-    """Forward pass of `CombineProblem`: (T, J) in the dtype of ys."""
-    return _combined(problem.ys, problem).to(problem.ys.dtype)
+from .moe_dispatch import combined, padded, rows
 
 
 def grouped_linear(problem: GroupedLinearProblem) -> Tensor:
@@ -54,32 +40,8 @@ def experts(problem: ExpertsProblem) -> Tensor:
 def forward(problem: MoEProblem) -> Tensor:
     """Forward pass of `MoEProblem`: out (T, J) in x's dtype."""
     with _checks.without_autocast(problem.x.device):
-        xs = _rows(_padded(problem.x), problem.source)
-        return _combined(_experts(xs, problem), problem).to(problem.x.dtype)
-
-
-def _padded(x: Tensor) -> Tensor:
-    """x in the accumulation dtype, with a row of zeros at the end."""
-    x = x.to(acc_dtype(x.dtype))
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])
-
-
-def _rows(padded: Tensor, index: Tensor) -> Tensor:
-    """The rows of that index; -1 finds the zeros.
-
-    Not padded[index], whose gradient on the CPU adds up in the order in which threads come by.
-    """
-    return padded.index_select(0, index.to(torch.int64) % padded.shape[0])
-
-
-def _combined(ys: Tensor, problem: CombineProblem | MoEProblem) -> Tensor:
-    """sum_k weights[:, k] ys[position[:, k]], added in the order of k; in the accumulation dtype."""
-    ys, position = _padded(ys), problem.position
-    out = ys.new_zeros(position.shape[0], ys.shape[1])
-    for column in range(position.shape[1]):
-        part = _rows(ys, position[:, column])
-        out = out + (part if problem.weights is None else problem.weights[:, column, None].to(ys.dtype) * part)
-    return out
+        xs = rows(padded(problem.x), problem.source)
+        return combined(_experts(xs, problem), problem).to(problem.x.dtype)
 
 
 def _experts(xs: Tensor, problem: ExpertsProblem | MoEProblem) -> Tensor:

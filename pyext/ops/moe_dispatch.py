@@ -1,0 +1,93 @@
+"""`moe.dispatch`, `moe.combine`: validate, lower, choose a backend, call it."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _dispatch
+from .._primitives import CombineProblem, DispatchProblem, Routing, acc_dtype
+from ..reference import moe_dispatch as _reference
+
+
+def dispatch(x: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
+    """xs[n] = x[routing.source[n]], 0 in rows that no choice uses: the tokens of each expert side by side.
+
+    Args:
+        x: (T, H). float32, bfloat16, float16 or float64; any strides.
+        routing: what `route` returned.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
+    Returns:
+        (N, H) in x's dtype, rows sorted by expert, then by token. Differentiable: a token's gradient is the sum over
+        its rows, taken in fp32 (fp64 for fp64) and rounded once.
+    Raises:
+        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
+    Source: Shazeer et al., "Outrageously large neural networks" (2017), section 3.
+    """
+    problem = _prepare_dispatch(x, routing)
+    _dispatch.choose("moe.dispatch", impl, problem)
+    return _reference.dispatch(problem)
+
+
+def combine(ys: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
+    """out[t] = sum_k routing.weights[t, k] ys[routing.position[t, k]]; a token without a row gets 0.
+
+    Args:
+        ys: (N, J), rows as `dispatch` orders them. float32, bfloat16, float16 or float64; any strides.
+        routing: what `route` returned.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
+    Returns:
+        (T, J) in the dtype of ys; the sum is taken in fp32 (fp64 for fp64), in the order of k. Differentiable with
+        respect to ys and the weights.
+    Raises:
+        TypeError, ValueError naming the argument; NotImplementedError if the forced backend refuses the call.
+    Source: Shazeer et al., "Outrageously large neural networks" (2017), eq. 1.
+    """
+    problem = _prepare_combine(ys, routing)
+    _dispatch.choose("moe.combine", impl, problem)
+    return _reference.combine(problem)
+
+
+def _prepare_dispatch(x, routing) -> DispatchProblem:
+    """Validate and lower a call of `dispatch`."""
+    routing = checked_routing(routing, x, "x")
+    check_rows("x", x, "T, H", routing.position.shape[0], "the tokens of routing")
+    return DispatchProblem(x, routing.source, routing.position)
+
+
+def _prepare_combine(ys, routing) -> CombineProblem:
+    """Validate and lower a call of `combine`."""
+    routing = checked_routing(routing, ys, "ys")
+    check_rows("ys", ys, "N, J", routing.source.shape[0], "the rows of routing")
+    return CombineProblem(ys, routing.weights.to(acc_dtype(ys.dtype)), routing.position)
+
+
+def checked_routing(value, like: Tensor, name: str) -> Routing:
+    """A `Routing` whose tensors fit one another, on the device of `like`; its maps in int32."""
+    if not isinstance(value, Routing):
+        raise TypeError(f"routing must be a pyext.moe.Routing, got {type(value).__name__}")
+    _checks.floating(name, like)
+    weights = _checks.floating("routing.weights", value.weights)
+    if weights.dim() != 2:
+        raise _checks.shape_error("routing.weights", "(T, K)", "", weights)
+    maps = {
+        name: _checks.integer(f"routing.{name}", getattr(value, name)) for name in ("offsets", "source", "position")
+    }
+    if maps["position"].shape != weights.shape:
+        expected = _checks.shape_text(weights.shape)
+        raise _checks.shape_error("routing.position", expected, "to match routing.weights", maps["position"])
+    for key, expected in (("offsets", "(E + 1,)"), ("source", "(N,)")):
+        if maps[key].dim() != 1 or (key == "offsets" and maps[key].shape[0] == 0):
+            raise _checks.shape_error(f"routing.{key}", expected, "", maps[key])
+    for key, tensor in (("weights", weights), *maps.items()):
+        _checks.same_device(f"routing.{key}", tensor, like.device, name)
+    return value._replace(**{key: tensor.to(torch.int32) for key, tensor in maps.items()})
+
+
+def check_rows(name: str, value: Tensor, sizes: str, rows: int, why: str) -> None:
+    """A matrix of that many rows; `sizes` names both sizes."""
+    if value.dim() != 2 or value.shape[0] != rows:
+        expected = f"({rows}, {sizes.partition(', ')[2]})"
+        raise _checks.shape_error(name, expected, f"to match {why}", value)
+
+
+for _function, _prepare in ((dispatch, _prepare_dispatch), (combine, _prepare_combine)):
+    _dispatch.register(_function, _prepare, (), f"moe.{_function.__name__}")

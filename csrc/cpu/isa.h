@@ -11,6 +11,9 @@ namespace pyext {
 struct AttentionProblem;    // csrc/attention.h
 struct GatedLinearProblem;  // csrc/gated_linear.h
 struct GluProblem;          // csrc/glu.h
+struct DispatchProblem;     // csrc/moe_dispatch.h
+struct CombineProblem;      // csrc/moe_dispatch.h
+struct RouteProblem;        // csrc/moe_route.h
 struct RotaryProblem;       // csrc/rotary.h
 struct Parallel;            // csrc/parallel.h
 
@@ -25,6 +28,11 @@ struct KernelTable {
   void (*gated_linear_backward)(const GatedLinearProblem&, const Parallel&);
   void (*glu_forward)(const GluProblem&, const Parallel&);
   void (*glu_backward)(const GluProblem&, const Parallel&);
+  void (*moe_dispatch_forward)(const DispatchProblem&, const Parallel&);
+  void (*moe_combine_forward)(const CombineProblem&, const Parallel&);
+  void (*moe_combine_backward)(const CombineProblem&, const Parallel&);
+  void (*moe_route_forward)(const RouteProblem&, const Parallel&);
+  void (*moe_route_backward)(const RouteProblem&, const Parallel&);
   void (*rotary_forward)(const RotaryProblem&, const Parallel&);
   void (*rotary_backward)(const RotaryProblem&, const Parallel&);
   // Floating-point operations per second of the calling thread in a loop of independent multiply-adds that touches

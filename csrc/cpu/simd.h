@@ -180,6 +180,7 @@ INLINE void put_together(D even, D odd, D& a, D& b) {
 // Lanes of 32 bits as two numbers of 16 bits; and back.
 INLINE U load_words(const char* p) { return _mm512_loadu_si512(p); }
 INLINE void store_words(char* p, U v) { _mm512_storeu_si512(p, v); }
+INLINE void stream_words(char* p, U v) { _mm512_stream_si512((__m512i*)p, v); }  // past the caches; p is aligned
 INLINE F bf16_of_low(U v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
 INLINE F bf16_of_high(U v) { return _mm512_castsi512_ps(_mm512_and_si512(v, uset(0xFFFF0000u))); }
 INLINE F f16_of_low(U v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
@@ -371,6 +372,7 @@ INLINE void put_together(D even, D odd, D& a, D& b) {
 }
 INLINE U load_words(const char* p) { return _mm256_loadu_si256((const __m256i*)p); }
 INLINE void store_words(char* p, U v) { _mm256_storeu_si256((__m256i*)p, v); }
+INLINE void stream_words(char* p, U v) { _mm256_stream_si256((__m256i*)p, v); }
 INLINE F bf16_of_low(U v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 INLINE F bf16_of_high(U v) { return _mm256_castsi256_ps(_mm256_and_si256(v, uset(0xFFFF0000u))); }
 INLINE F f16_of_words(U v) {  // below 2^16
@@ -398,6 +400,8 @@ INLINE void umul_wide(U a, uint32_t b, U& hi, U& lo) {
 }
 INLINE void ustore(uint32_t* p, U v) { _mm256_storeu_si256((__m256i*)p, v); }
 #endif
+
+constexpr int64_t kWordsBytes = sizeof(U);
 
 // Any function of one number, lane by lane.
 template <class Function>

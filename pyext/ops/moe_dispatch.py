@@ -1,11 +1,16 @@
-"""`moe.dispatch`, `moe.combine`: validate, lower, choose a backend, call it."""
+"""`moe.dispatch`, `moe.combine`: validate, lower, choose a backend, call it.
+
+The derivative of the op `moe_dispatch_forward` (csrc/moe_dispatch.cpp) is `moe_combine_forward` without weights, and
+that one's is `moe_combine_backward`; where only ys is differentiated, as there, this one knows its derivatives again.
+"""
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _dispatch, _native
 from .._primitives import CombineProblem, DispatchProblem, Routing, acc_dtype
 from ..reference import moe_dispatch as _reference
+from . import _register
 
 
 def dispatch(x: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
@@ -23,8 +28,10 @@ def dispatch(x: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
     Source: Shazeer et al., "Outrageously large neural networks" (2017), section 3.
     """
     problem = _prepare_dispatch(x, routing)
-    _dispatch.choose("moe.dispatch", impl, problem)
-    return _reference.dispatch(problem)
+    backend = _dispatch.choose("moe.dispatch", impl, problem)
+    if backend == "reference":
+        return _reference.dispatch(problem)
+    return _register.call(backend, "moe_dispatch_forward", problem)
 
 
 def combine(ys: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
@@ -42,8 +49,10 @@ def combine(ys: Tensor, routing: Routing, *, impl: str = "auto") -> Tensor:
     Source: Shazeer et al., "Outrageously large neural networks" (2017), eq. 1.
     """
     problem = _prepare_combine(ys, routing)
-    _dispatch.choose("moe.combine", impl, problem)
-    return _reference.combine(problem)
+    backend = _dispatch.choose("moe.combine", impl, problem)
+    if backend == "reference":
+        return _reference.combine(problem)
+    return _register.call(backend, "moe_combine_forward", problem)
 
 
 def _prepare_dispatch(x, routing) -> DispatchProblem:
@@ -89,5 +98,58 @@ def check_rows(name: str, value: Tensor, sizes: str, rows: int, why: str) -> Non
         raise _checks.shape_error(name, expected, f"to match {why}", value)
 
 
+# --- The ops as torch sees them: fakes and derivatives ---
+
+
+def _dispatch_fake(x, source, position):
+    return x.new_empty((source.shape[0], x.shape[1]))
+
+
+def _combine_fake(ys, weights, position):
+    return ys.new_empty((position.shape[0], ys.shape[1]))
+
+
+def _combine_backward_fake(grad, ys, weights, position, need_ys, need_weights):
+    dweights = ys.new_empty(position.shape if need_weights else (0,), dtype=acc_dtype(ys.dtype))
+    return ys.new_empty(ys.shape if need_ys else (0,)), dweights
+
+
+class _Dispatch(torch.autograd.Function):
+    """`moe_dispatch_forward` with its gradient. Saves the positions only."""
+
+    @staticmethod
+    def forward(ctx, sibling, run, x, source, position):
+        ctx.save_for_backward(position)
+        ctx.sibling = sibling
+        return run(x, source, position)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (position,) = ctx.saved_tensors
+        return None, None, ctx.sibling("moe_combine_forward")(grad, None, position), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """`moe_combine_forward` with its gradient. Saves ys only if the weights need a gradient."""
+
+    @staticmethod
+    def forward(ctx, sibling, run, ys, weights, position):
+        ctx.save_for_backward(ys, weights, position)
+        ctx.sibling = sibling
+        return run(ys, weights, position)
+
+    @staticmethod
+    def backward(ctx, grad):
+        need_ys, need_weights = ctx.needs_input_grad[2:4]
+        grads = ctx.sibling("moe_combine_backward")(grad, *ctx.saved_tensors, need_ys, need_weights)
+        return None, None, grads[0] if need_ys else None, grads[1] if need_weights else None, None
+
+
 for _function, _prepare in ((dispatch, _prepare_dispatch), (combine, _prepare_combine)):
-    _dispatch.register(_function, _prepare, (), f"moe.{_function.__name__}")
+    _dispatch.register(_function, _prepare, ("cpu",), f"moe.{_function.__name__}")
+if _native.module() is not None:
+    _register.register("moe_dispatch_forward", _dispatch_fake, _Dispatch.apply)
+    _register.register("moe_combine_forward", _combine_fake, _Combine.apply)
+    _register.register(
+        "moe_combine_backward", _combine_backward_fake, _register.once_differentiable("moe.dispatch, moe.combine")
+    )

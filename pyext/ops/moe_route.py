@@ -1,13 +1,18 @@
-"""`moe.route`: validate, lower, choose a backend, draw the random numbers, call it."""
+"""`moe.route`: validate, lower, choose a backend, draw the random numbers, call it.
+
+The op `moe_route_forward` (csrc/moe_route.cpp) keeps the logits and what was decided; `moe_route_backward` computes
+scores and gates again.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _dispatch, _native
 from .._primitives import POLICIES, RouteProblem, Routing, acc_dtype
 from ..reference.moe_route import route as _reference
+from . import _register
 
 _LARGEST = 2**31 - 1  # rows are counted in int32
 
@@ -69,8 +74,12 @@ def route(
         logits, top_k, policy, capacity_factor, renormalize, token_mask, expert_bias, jitter, generator, groups,
         batch_priority,
     )  # fmt: skip
-    _dispatch.choose("moe.route", impl, problem)
-    return _reference(_drawn(problem, jitter, generator))
+    backend = _dispatch.choose("moe.route", impl, problem)
+    problem = _drawn(problem, jitter, generator)
+    if backend == "reference":
+        return _reference(problem)
+    *routing, _choice, _load = _register.call(backend, "moe_route_forward", problem)
+    return Routing(*routing)
 
 
 def _drawn(problem: RouteProblem, jitter: float, generator: torch.Generator | None) -> RouteProblem:
@@ -176,4 +185,62 @@ def _capacity(factor, policy: str, tokens: int, experts: int, top_k: int) -> int
     return min(math.ceil(factor * top_k * tokens / experts - 1e-6), tokens)
 
 
-_dispatch.register(route, _prepare, (), "moe.route")
+# --- The ops as torch sees them: fakes and derivatives ---
+
+_INTEGER = ("expert_index", "offsets", "source", "position", "dropped")
+
+
+def _forward_fake(*arguments):
+    problem = RouteProblem(*arguments)
+    logits, capacity = problem.logits, problem.capacity
+    groups, length, experts = logits.shape
+    tokens = groups * length
+    columns = experts if POLICIES[problem.policy] == "expert_choice" else problem.top_k
+    rows = tokens * columns
+    if capacity >= 0:
+        rows = torch.sym_min(rows, groups * experts * torch.sym_min(capacity, length))
+
+    def number(*shape):
+        return logits.new_empty(shape, dtype=torch.int32)
+
+    def real(*shape):
+        return logits.new_empty(shape, dtype=acc_dtype(logits.dtype))
+
+    pairs = tokens, columns
+    maps = number(*pairs), real(*pairs), number(experts + 1), number(rows), number(*pairs)
+    return *maps, real(), real(), number(), number(*pairs), number(groups, experts)
+
+
+def _backward_fake(grad_weights, grad_balance, grad_z, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+class _Route(torch.autograd.Function):
+    """`moe_route_forward` with its gradient: that of weights and losses to the logits."""
+
+    @staticmethod
+    def forward(ctx, sibling, run, *arguments):
+        *routing, choice, load = run(*arguments)
+        found = Routing(*routing)
+        problem = RouteProblem(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(getattr(found, name) for name in _INTEGER), choice, load)
+        ctx.save_for_backward(problem.logits, problem.token_mask, found.expert_index, choice, load)
+        ctx.sibling, ctx.rule = sibling, (problem.policy, problem.renormalize)
+        return *routing, choice, load
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grads = Routing(*grads[: len(Routing._fields)])
+        grads = grads.weights, grads.balance_loss, grads.z_loss
+        nothing = (None,) * (1 + len(RouteProblem._fields))
+        if all(grad is None for grad in grads):
+            return None, *nothing
+        found = ctx.sibling("moe_route_backward")(*grads, *ctx.saved_tensors, *ctx.rule)
+        return None, None, found, *nothing[2:]
+
+
+_dispatch.register(route, _prepare, ("cpu",), "moe.route")
+if _native.module() is not None:
+    _register.register("moe_route_forward", _forward_fake, _Route.apply)
+    _register.register("moe_route_backward", _backward_fake, _register.once_differentiable("moe.route"))

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from . import _checks, moe
 from ._primitives import Routing, acc_dtype
-from .ops._collectives import GatheredParts, ScaledGradient, exchanged, gathered, gathered_parts, place
+from .ops._collectives import GatheredParts, ScaledGradient, eager, exchanged, gathered, gathered_parts, place
 from .ops._register import is_recorded
 from .ops.context_parallel import context_parallel_attention as context_parallel_attention
 from .ops.context_parallel import shard_sequence as shard_sequence
@@ -104,8 +104,10 @@ class ExpertParallel:
         Args:
             options: as there. With `together`, jitter and "gshard" need a generator, in one state on all processes.
         """
-        if not self.together:
-            return moe.route(logits, top_k, **options)
+        return (self._route_together if self.together else moe.route)(logits, top_k, **options)
+
+    @eager
+    def _route_together(self, logits: Tensor, top_k: int, **options) -> Routing:
         if _checks.floating("logits", logits).dim() not in (2, 3):
             raise _checks.shape_error("logits", "(T, E) or (G, S, E)", "", logits)
         if options.get("generator") is None and (options.get("jitter") or options.get("policy") == "gshard"):
@@ -124,6 +126,7 @@ class ExpertParallel:
         losses = (ScaledGradient.apply(loss, self.size) for loss in (routing.balance_loss, routing.z_loss))
         return Routing(index, routing.weights[own], offsets, source, position, *losses, routing.dropped)
 
+    @eager
     def dispatch(self, x: Tensor, routing: Routing, *, impl: str = "auto") -> tuple[Tensor, Exchange]:
         """The rows of all processes for the experts of this one.
 
@@ -140,6 +143,7 @@ class ExpertParallel:
         xs = moe.dispatch(rows, exchange.routing, impl=impl)
         return xs, exchange if len(exchange.routing.offsets) > 1 else exchange._replace(tied=(xs,))
 
+    @eager
     def combine(self, ys: Tensor, routing: Routing, exchange: Exchange, *, impl: str = "auto") -> Tensor:
         """out (T, J): the rows back at their tokens, and their weighted sum.
 
@@ -150,6 +154,7 @@ class ExpertParallel:
         ys = moe.combine(_tied(ys, exchange.tied), exchange.routing, impl=impl)
         return moe.combine(self._from_experts(exchange, ys), exchange.used(routing), impl=impl)
 
+    @eager
     def forward(
         self,
         x: Tensor,
@@ -175,7 +180,7 @@ class ExpertParallel:
         Returns:
             (T, J) in x's dtype. Differentiable as there.
         Raises:
-            as there, before anything is sent.
+            as there.
         """
         (x,) = _checks.autocast(_checks.floating("x", x))
         routing = _routing(routing, x, "x")

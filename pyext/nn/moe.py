@@ -107,7 +107,7 @@ class MoE(nn.Module):
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """name -> parameter of the experts, whose first dimension is `local_experts`."""
-        return {name: self._parameters[name] for name in _EXPERTS if self._parameters[name] is not None}
+        return {name: value for name in _EXPERTS if (value := getattr(self, name)) is not None}
 
     def reset_parameters(self) -> None:
         """Every expert as an `nn.Linear` of its sizes."""

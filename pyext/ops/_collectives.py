@@ -3,9 +3,23 @@
 Everything travels as bytes: a backend need not know the dtype.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def eager(function: Callable) -> Callable:
+    """The function outside of the graphs of `torch.compile`: what processes tell one another settles shapes."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        # Not as a decorator: that imports the compiler, which takes longer than the rest of torch.
+        return (torch.compiler.disable(function) if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
 
 
 def place(group: "dist.ProcessGroup | None") -> tuple[int, int]:

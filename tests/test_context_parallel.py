@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 import pyext
 from pyext import _native
-from support import ring
+from support import processes, ring
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
 
@@ -17,13 +16,8 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of P
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_equals_one_process(ranks, tmp_path, session_seed):
     impls = ["reference", *(["cpu"] if _native.available() else [])]
-    arguments = (ranks, tmp_path / "store", tmp_path / "report", session_seed, impls)
-    if ranks == 1:
-        ring.run(0, *arguments)
-    else:
-        processes.start_processes(ring.run, arguments, nprocs=ranks, start_method="spawn")
-    failures = [(tmp_path / f"report{rank}").read_text() for rank in range(ranks)]
-    assert not any(failures), "\n".join(failures)
+    failures = processes.run(ring.run, ranks, tmp_path, session_seed, impls)
+    assert not failures, failures
 
 
 @pytest.fixture

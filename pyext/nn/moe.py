@@ -1,14 +1,19 @@
 """`MoE`: a feed-forward layer of many experts, of which each token uses a few."""
 
 import math
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
 from .._primitives import ACTIVATIONS, EXPERT_ACTIVATIONS, POLICIES, Routing
+from ..distributed import ExpertParallel
+from ..ops._collectives import gathered
 from ..ops.moe_experts import forward as _forward
 from ..ops.moe_route import route
+
+_EXPERTS = ("w_gate_up", "w_down", "b_gate_up", "b_down")
 
 
 class MoE(nn.Module):
@@ -28,6 +33,10 @@ class MoE(nn.Module):
         expert_bias: "sigmoid" chooses with a bias, a buffer that `update_expert_bias` moves.
         scale: factor on the weights (DeepSeek's routed_scaling_factor).
         shared: a module that all tokens go through besides, such as a gated feed-forward layer.
+        expert_parallel: a `pyext.distributed.ExpertParallel`: its processes divide the experts, and the module holds
+            this one's. Its state dict has these only, and can be loaded from one of all experts, as
+            `pyext.distributed.full_state_dict` makes it. Made with one seed, the modules of all processes hold what
+            the module of one process would.
         impl: backend of routing and experts.
         device, dtype: of the parameters.
     Source: Shazeer et al., "Outrageously large neural networks" (2017), eq. 1; a shared expert: Dai et al., DeepSeekMoE
@@ -52,6 +61,7 @@ class MoE(nn.Module):
         expert_bias: bool = False,
         scale: float = 1.0,
         shared: nn.Module | None = None,
+        expert_parallel: ExpertParallel | None = None,
         impl: str = "auto",
         device=None,
         dtype=None,
@@ -69,16 +79,35 @@ class MoE(nn.Module):
             batch_priority,
         )
         self.per_sequence, self.scale, self.impl = per_sequence, scale, impl
+        if not isinstance(expert_parallel, (ExpertParallel, NoneType)):
+            raise TypeError(
+                "expert_parallel must be a pyext.distributed.ExpertParallel or None, "
+                f"got {type(expert_parallel).__name__}"
+            )
+        self.num_experts, self.expert_parallel = _checks.length("num_experts", num_experts), expert_parallel
+        own = len(self.local_experts)
         where = {"device": device, "dtype": dtype}
         rows = 2 * d_hidden if activation in ACTIVATIONS else d_hidden
         self.router = nn.Linear(d_model, num_experts, bias=False, **where)
-        self.w_gate_up = nn.Parameter(torch.empty(num_experts, rows, d_model, **where))
-        self.w_down = nn.Parameter(torch.empty(num_experts, d_model, d_hidden, **where))
-        self.b_gate_up = nn.Parameter(torch.empty(num_experts, rows, **where)) if bias else None
-        self.b_down = nn.Parameter(torch.empty(num_experts, d_model, **where)) if bias else None
+        self.w_gate_up = nn.Parameter(torch.empty(own, rows, d_model, **where))
+        self.w_down = nn.Parameter(torch.empty(own, d_model, d_hidden, **where))
+        self.b_gate_up = nn.Parameter(torch.empty(own, rows, **where)) if bias else None
+        self.b_down = nn.Parameter(torch.empty(own, d_model, **where)) if bias else None
         self.register_buffer("expert_bias", torch.zeros(num_experts, device=device) if expert_bias else None)
         self.shared = shared
+        if expert_parallel is not None:
+            self.register_load_state_dict_pre_hook(_take_own)
         self.reset_parameters()
+
+    @property
+    def local_experts(self) -> range:
+        """The experts whose weights this module holds."""
+        count = self.num_experts
+        return range(count) if self.expert_parallel is None else self.expert_parallel.local_experts(count)
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """name -> parameter of the experts, whose first dimension is `local_experts`."""
+        return {name: value for name in _EXPERTS if (value := getattr(self, name)) is not None}
 
     def reset_parameters(self) -> None:
         """Every expert as an `nn.Linear` of its sizes."""
@@ -87,7 +116,15 @@ class MoE(nn.Module):
             bound = 1 / math.sqrt(max(weight.shape[2], 1))
             for parameter in (weight, bias):
                 if parameter is not None:
-                    nn.init.uniform_(parameter, -bound, bound)
+                    self._draw(parameter, bound)
+
+    @torch.no_grad()
+    def _draw(self, parameter: Tensor, bound: float) -> None:
+        """Draw all experts and keep this module's, so that with one seed no two processes have the same."""
+        other = parameter.new_empty(parameter.shape[1:])
+        own = self.local_experts
+        for expert in range(self.num_experts):
+            nn.init.uniform_(parameter[own.index(expert)] if expert in own else other, -bound, bound)
 
     def forward(
         self,
@@ -119,7 +156,8 @@ class MoE(nn.Module):
             token_mask = token_mask.reshape(grouped)
         routing = self._route(x.reshape(*grouped, width), token_mask, generator)
         layer = self.w_gate_up, self.w_down, self.activation, self.b_gate_up, self.b_down
-        out = _forward(x.reshape(math.prod(lead), width), routing, *layer, impl=self.impl).view(x.shape)
+        compute = _forward if self.expert_parallel is None else self.expert_parallel.forward
+        out = compute(x.reshape(math.prod(lead), width), routing, *layer, impl=self.impl).view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x)
         return (out, routing) if return_routing else out
@@ -131,7 +169,7 @@ class MoE(nn.Module):
         policy, renormalize = self.policy, self.renormalize
         if policy == "gshard" and not self.training:
             policy, renormalize = "softmax_topk", True
-        routing = route(
+        routing = (route if self.expert_parallel is None else self.expert_parallel.route)(
             logits,
             self.top_k,
             policy=policy,
@@ -151,9 +189,21 @@ class MoE(nn.Module):
     def update_expert_bias(self, routing: Routing, rate: float) -> None:
         """After a step: raise the bias of experts with less than their share of this routing's rows, lower the others'.
 
+        The rows of all processes count, and all must call this.
+
         Source: Wang et al., "Auxiliary-loss-free load balancing strategy for mixture-of-experts" (2024), algorithm 1.
         """
         if self.expert_bias is None:
             raise ValueError("expert_bias must be True where the module is made, to have a bias to update")
         load = routing.offsets.diff().to(self.expert_bias.dtype)
+        if self.expert_parallel is not None:
+            load = gathered(self.expert_parallel.group, load).sum(dim=0)
         self.expert_bias.add_(torch.sign(load.mean() - load), alpha=_checks.real("rate", rate))
+
+
+def _take_own(module: MoE, state: dict, prefix: str, *_) -> None:
+    """Before a state dict is loaded: of weights of all experts keep those of this module."""
+    for name in module.expert_parameters():
+        value = state.get(prefix + name)
+        if value is not None and value.shape[0] == module.num_experts:
+            state[prefix + name] = module.expert_parallel.shard(value)

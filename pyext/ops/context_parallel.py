@@ -28,6 +28,7 @@ from ..bias._relative import TransformerXL
 from ..masks import Mask
 from ..masks._base import Lowered, once
 from . import _register
+from ._collectives import place as _place
 from ._shapes import four_dims
 from .attention import _as_mask, _factors, _inputs, _lower, attend
 
@@ -135,13 +136,6 @@ def shard_sequence(
 
 def _terms(bias) -> tuple:
     return bias.terms() if isinstance(bias, _bias.Bias) else ()
-
-
-def _place(group) -> tuple[int, int]:
-    """(processes of the group, the number of this one)."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("group must be a process group (call torch.distributed.init_process_group first), got none")
-    return dist.get_world_size(group), dist.get_rank(group)
 
 
 class _Layout(NamedTuple):

@@ -2,10 +2,12 @@
 
     python -m benchmarks.report --run                 all cases -> benchmarks/results/cpu.json, table, docs/
     python -m benchmarks.report --run --cases t5      only cases whose name matches the regular expression
-    python -m benchmarks.report                       table and picture from the stored results
+    python -m benchmarks.report                       docs/report.md, table and pictures from the stored results
     python -m benchmarks.report out.json              ... from `pytest benchmarks/ --benchmark-json out.json`
     python -m benchmarks.report --list                names of the cases
     python -m benchmarks.report --check               compares every case's result with fp64, times nothing
+    python -m benchmarks.report --compare old.json new.json --tolerance 0.1
+                                                      exit status 1 if a figure got worse by more than 10 %
 
 A run over some of the cases replaces those in the stored results and keeps the rest. The JSON:
 {"schema": 1, "machine": {...}, "results": [{name, op, group, title, dtype, threads, isa, status,
@@ -34,9 +36,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def selected(pattern: str, threads: int) -> list:
-    from . import attention_cases, glu_cases, mask_cases, relative_cases, rotary_cases
+    from . import attention_cases, glu_cases, length_cases, mask_cases, relative_cases, rotary_cases
 
-    rooms = attention_cases, relative_cases, mask_cases, rotary_cases, glu_cases
+    rooms = attention_cases, relative_cases, mask_cases, rotary_cases, glu_cases, length_cases
     cases = [case for room in rooms for case in room.all_cases()]
     cases = [case for case in cases if re.search(pattern, case.name)]
     if not cases:
@@ -262,16 +264,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", default="", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--check", action="store_true", help="only compare the results with fp64")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="the regression gate")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="how much worse a figure may be (default 0.1)")
     parser.add_argument("--threads", type=int, default=1, help="threads for the single-thread cases")
     parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds of timing per case")
     parser.add_argument("--seed", type=int, help="other inputs than the case's own")
     parser.add_argument("--name", help="name of the stored results (default: cpu, or cpu-N-threads)")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where benchmarks.md and speed.png go")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the pages and pictures go")
     parser.add_argument("--no-docs", action="store_true", help="print the table, write no docs")
     args = parser.parse_args(argv)
     if args.list:
         print("\n".join(case.name for case in selected(args.cases, 1)))
         return 0
+    if args.compare:
+        from . import compare
+
+        text, status = compare.report(*map(load, args.compare), args.tolerance)
+        print(text)
+        return status
     if args.check:
         return 1 if check_only(args.cases, args.threads, args.seed) else 0
     name = args.name or ("cpu" if args.threads == 1 else f"cpu-{args.threads}-threads")
@@ -288,9 +298,12 @@ def main(argv: list[str] | None = None) -> int:
         data = load(stored)
     print(table(data))
     if not args.no_docs:
+        from . import report_page
+
         args.docs.mkdir(parents=True, exist_ok=True)
         (args.docs / "benchmarks.md").write_text(page(data), encoding="utf-8")
         draw(data, args.docs / "speed.png")
+        report_page.write(data, args.docs)
     wrong = [r["name"] for r in data["results"] if r["status"] != "ok"]
     if wrong:
         print(f"wrong results: {', '.join(wrong)}", file=sys.stderr)

@@ -14,7 +14,19 @@ if ROOT not in sys.path:
     sys.path.append(ROOT)
 
 import pyext  # noqa: E402
-from benchmarks import attention_cases, glu_cases, harness, mask_cases, peers, report, rotary_cases  # noqa: E402
+from benchmarks import (  # noqa: E402
+    attention_cases,
+    compare,
+    glu_cases,
+    harness,
+    length_cases,
+    long_context,
+    mask_cases,
+    peers,
+    report,
+    report_page,
+    rotary_cases,
+)  # fmt: skip
 from benchmarks.harness import Case, Contender, Measured, Work  # noqa: E402
 from pyext._primitives import Sizes  # noqa: E402
 
@@ -235,3 +247,120 @@ def test_masks_are_compared_with_the_truth_in_stripes(monkeypatch):
     monkeypatch.setattr(mask_cases, "CHUNK", 288)
     for name, value in work.truth(torch.float64).items():
         torch.testing.assert_close(value, whole[name])
+
+
+# --- The report and the gate ---
+
+
+def result(name, status="ok", **figures):
+    """A result with these figures; names with _ for a space."""
+    values = [
+        {"name": key.replace("_", " "), "value": value, "unit": "%", "sign": None, "target": None, "met": None}
+        for key, value in figures.items()
+    ]
+    times = {
+        who: {"median_ms": ms, "min_ms": ms, "rounds": 5, "gflops": 1.0} for who, ms in (("pyext", 1), ("SDPA", 3))
+    }
+    dtype = name.rpartition("/")[2]
+    return {
+        "name": name, "op": "attention", "group": "length", "title": name, "dtype": dtype, "threads": 1, "isa": "avx2",
+        "status": status, "times": times, "peak_gflops": 100.0, "bandwidth_gbs": None, "figures": values,
+        "error": None, "notes": [],
+    }  # fmt: skip
+
+
+def results(*entries, cpu="x"):
+    return {
+        "schema": report.SCHEMA,
+        "machine": {**harness.machine_facts(1), "cpu": cpu, "isa": "avx2"},
+        "results": entries,
+    }
+
+
+def verdicts(old, new, tolerance=0.1):
+    found = compare.differences(results(*old), results(*new), tolerance)
+    return {change.figure or change.case: change.verdict for change in found}
+
+
+def test_figures_get_worse_in_their_own_direction():
+    old = result(
+        "a", share_of_peak=80.0, speed_up=1.0, time_against_no_bias=1.0, slower_than_no_bias=2.0, one_call=10.0
+    )
+    old["figures"][1]["name"] = "speed-up over SDPA"
+    same = {figure["name"]: "same" for figure in old["figures"]}
+    assert verdicts([old], [old]) == same
+    for index, (name, better, worse) in enumerate(
+        [
+            ("share of peak", 90.0, 72.0),
+            ("speed-up over SDPA", 1.2, 0.9),
+            ("time against no bias", 0.9, 1.11),
+            ("slower than no bias", -8.0, 12.5),
+            ("one call", 9.0, 11.5),
+        ]
+    ):
+        for value, verdict in ((better, "better"), (worse, "worse")):
+            new = json.loads(json.dumps(old))
+            new["figures"][index]["value"] = value
+            assert verdicts([old], [new]) == {**same, name: verdict}, name
+            assert verdicts([old], [new], tolerance=0.3)[name] == "same"
+
+
+def test_what_is_gone_or_wrong_fails():
+    old = [result("a", share_of_peak=80.0), result("b", share_of_peak=80.0), result("c", share_of_peak=80.0)]
+    new = [result("a", status="wrong"), result("c", share_of_peak=None), result("d", share_of_peak=1.0)]
+    assert verdicts(old, new) == {"a": "wrong", "b": "gone", "share of peak": "gone"}
+    found = compare.differences(results(*old), results(*new), 0.1)
+    assert all(change.fails for change in found) and len(found) == 3
+
+
+def test_the_gate_on_the_command_line(tmp_path, capsys):
+    paths = [tmp_path / name for name in ("old.json", "new.json", "other.json")]
+    old, new = results(result("a", share_of_peak=80.0)), results(result("a", share_of_peak=60.0), result("b"))
+    for path, data in zip(paths, (old, new, results(cpu="y"))):
+        path.write_text(json.dumps(data))
+    old_path, new_path, other = map(str, paths)
+    assert report.main(["--compare", old_path, new_path]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split() == ["a", "share", "of", "peak", "80.0", "%", "60.0", "%", "33", "%", "worse"]
+    assert printed[-1] == "1 figures: 1 failed, 0 better, 0 within 10%; 1 new cases"
+    assert report.main(["--compare", old_path, new_path, "--tolerance", "0.4"]) == 0
+    assert report.main(["--compare", old_path, other]) == 2
+    assert "different machines" in capsys.readouterr().out
+
+
+def test_report_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    entries = [
+        result(f"length/t5/1x4x{n}x64/{dtype}", **{"speed-up_over_SDPA": 3.0, "share_of_peak": n / 16})
+        for n in (256, 1024)
+        for dtype in ("fp32", "bf16")
+    ]
+    memory = {"memory_above_the_inputs": 10.0, "memory_of_SDPA": 70.0}
+    entries += [result("length/memory/1x8x512x64/bf16", **memory)]
+    entries += [result("memory/1x8x16384x64/bf16", memory_above_the_inputs=99.0)]
+    report_page.write(results(*entries), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for row in (
+        "| 1024 | bf16 | 1.00 | 3.00 | 3.00 |",
+        "| 512 | 10 | 70 |",
+        "| 16384 | 99 | - |",
+        "| attention: length | fp32 | 2 | 40 % | 16 to 64 % |",
+        "| attention: length | SDPA | bf16 | 2 | 3.00 | 3.00 to 3.00 |",
+    ):
+        assert row in text
+    for name in ("speed", "memory", "floor"):
+        assert 0 < (tmp_path / f"report_{name}.png").stat().st_size < 100_000 and f"(report_{name}.png)" in text
+    report_page.write(results(), tmp_path)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").count("hold no case of it yet") == 4
+
+
+def test_length_cases_are_right(monkeypatch):
+    monkeypatch.setattr(length_cases, "LENGTHS", (40,))
+    monkeypatch.setattr(length_cases, "MEMORY_LENGTHS", (64,))
+    monkeypatch.setattr(long_context, "CHECKED_LENGTH", 32)
+    cases = length_cases.all_cases()
+    assert len(cases) == 3
+    for case in cases:
+        entry = harness.run_case(case, budget=0.01)
+        assert entry["status"] == "ok" and all(figure["value"] is not None for figure in entry["figures"])
+        assert set(entry["times"]) == {"pyext", "SDPA"}

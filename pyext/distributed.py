@@ -22,7 +22,7 @@ from .ops._collectives import GatheredParts, ScaledGradient, eager, exchanged, g
 from .ops._register import is_recorded
 from .ops.context_parallel import context_parallel_attention as context_parallel_attention
 from .ops.context_parallel import shard_sequence as shard_sequence
-from .ops.moe_experts import _routing
+from .ops.moe_dispatch import checked_routing
 from .reference.moe_route import maps
 
 
@@ -138,7 +138,7 @@ class ExpertParallel:
             xs (M, H), rows sorted by expert, then by process, then by token, for
             `pyext.moe.experts(xs, exchange.routing, ...)`; and the exchange, which `combine` needs.
         """
-        exchange = self._exchange(_routing(routing, x, "x"), torch.is_grad_enabled())
+        exchange = self._exchange(checked_routing(routing, x, "x"), torch.is_grad_enabled())
         (rows,) = self._to_experts(exchange, moe.dispatch(x, exchange.used(routing), impl=impl))
         xs = moe.dispatch(rows, exchange.routing, impl=impl)
         return xs, exchange if len(exchange.routing.offsets) > 1 else exchange._replace(tied=(xs,))
@@ -183,7 +183,7 @@ class ExpertParallel:
             as there.
         """
         (x,) = _checks.autocast(_checks.floating("x", x))
-        routing = _routing(routing, x, "x")
+        routing = checked_routing(routing, x, "x")
         layer = w_gate_up, w_down, b_gate_up, b_down
         self._check_layer(routing, w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down)
         exchange = self._exchange(routing, is_recorded((x, routing.weights, *layer)))

@@ -1,7 +1,8 @@
 """`moe.dispatch`, `moe.combine`: validate, lower, choose a backend, call it.
 
-The derivative of the op `moe_dispatch_forward` (csrc/moe_dispatch.cpp) is `moe_combine_forward` without weights, and
-that one's is `moe_combine_backward`; where only ys is differentiated, as there, this one knows its derivatives again.
+The derivative of the op `moe_dispatch_forward` (csrc/moe_dispatch.cpp) is `moe_combine_forward` without weights; that
+of combine is `moe_combine_backward`; and the derivatives of this one, which is bilinear in grad and (ys, weights), are
+these two again. So derivatives of every order are right.
 """
 
 import torch
@@ -130,7 +131,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """`moe_combine_forward` with its gradient. Saves ys only if the weights need a gradient."""
+    """`moe_combine_forward` with its gradient. Saves its inputs."""
 
     @staticmethod
     def forward(ctx, sibling, run, ys, weights, position):
@@ -145,11 +146,40 @@ class _Combine(torch.autograd.Function):
         return None, None, grads[0] if need_ys else None, grads[1] if need_weights else None, None
 
 
+class _CombineBackward(torch.autograd.Function):
+    """`moe_combine_backward` with its gradient: dys = weights grad and dweights = <grad, ys>, row by row."""
+
+    @staticmethod
+    def forward(ctx, sibling, run, grad, ys, weights, position, need_ys, need_weights):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, ys, weights, position)
+        ctx.sibling = sibling
+        return run(grad, ys, weights, position, need_ys, need_weights)
+
+    @staticmethod
+    def backward(ctx, of_dys, of_dweights):
+        grad, ys, weights, position = ctx.saved_tensors
+        need_grad, need_ys, need_weights = ctx.needs_input_grad[2:5]
+        combine, backward = ctx.sibling("moe_combine_forward"), ctx.sibling("moe_combine_backward")
+        to_grad = to_ys = to_weights = None
+        if need_grad:
+            parts = (of_dys, weights), (ys, of_dweights)
+            sums = [
+                combine(*part, position)
+                for part, of in zip(parts, (of_dys, of_dweights), strict=True)
+                if of is not None
+            ]
+            to_grad = sum(sums[1:], sums[0]) if sums else None
+        if need_ys and of_dweights is not None:
+            to_ys = backward(grad, ys, of_dweights, position, True, False)[0]
+        if need_weights and of_dys is not None:
+            to_weights = backward(grad, of_dys, weights, position, False, True)[1]
+        return None, None, to_grad, to_ys, to_weights, None, None, None
+
+
 for _function, _prepare in ((dispatch, _prepare_dispatch), (combine, _prepare_combine)):
     _dispatch.register(_function, _prepare, ("cpu",), f"moe.{_function.__name__}")
 if _native.module() is not None:
     _register.register("moe_dispatch_forward", _dispatch_fake, _Dispatch.apply)
     _register.register("moe_combine_forward", _combine_fake, _Combine.apply)
-    _register.register(
-        "moe_combine_backward", _combine_backward_fake, _register.once_differentiable("moe.dispatch, moe.combine")
-    )
+    _register.register("moe_combine_backward", _combine_backward_fake, _CombineBackward.apply)

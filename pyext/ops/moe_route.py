@@ -85,12 +85,14 @@ def route(
 def _drawn(problem: RouteProblem, jitter: float, generator: torch.Generator | None) -> RouteProblem:
     """The problem with the random numbers that it needs, if any."""
     logits = problem.logits
+    # Not generator=None, which a compiler takes for a generator and then refuses symbolic sizes.
+    source = {} if generator is None else {"generator": generator}
     if jitter:
         acc = acc_dtype(logits.dtype)
-        noise = torch.rand(logits.shape, dtype=acc, device=logits.device, generator=generator)
+        noise = torch.rand(logits.shape, dtype=acc, device=logits.device, **source)
         problem = problem._replace(logits=logits.to(acc) * (1 - jitter + 2 * jitter * noise))
     if POLICIES[problem.policy] == "gshard":
-        uniform = torch.rand(logits.shape[:2], dtype=torch.float32, device=logits.device, generator=generator)
+        uniform = torch.rand(logits.shape[:2], dtype=torch.float32, device=logits.device, **source)
         problem = problem._replace(uniform=uniform)
     return problem
 

@@ -43,9 +43,7 @@ def route(problem: RouteProblem) -> Routing:
     if policy == "expert_choice":
         choice = _experts_choose(scores.detach(), tokens, problem.capacity)
     else:
-        # The softmax keeps the order of the logits, and has equal values where they differ by less than a rounding.
-        ranked = _ranked(scores, problem) if policy == "sigmoid" else logits
-        choice = _best(ranked.detach(), problem.top_k)
+        choice = _best(_ranked(logits, scores, problem).detach(), problem.top_k)
     choice = choice.masked_fill(~tokens[..., None], -1)
     gates = _gates(logits, scores, choice, problem)
     index = choice
@@ -101,8 +99,13 @@ def _best(ranked: Tensor, count: int) -> Tensor:
     return torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def _ranked(scores: Tensor, problem: RouteProblem) -> Tensor:
-    """What DeepSeek-V3's tokens choose by: score + bias, in the groups whose two best experts have the largest sum."""
+def _ranked(logits: Tensor, scores: Tensor, problem: RouteProblem) -> Tensor:
+    """What tokens choose by: the logits, of which softmax and sigmoid keep the order, but round different ones alike.
+
+    In DeepSeek-V3 score + bias, in the groups whose two best experts have the largest sum.
+    """
+    if problem.expert_bias is None and problem.top_groups == problem.groups:
+        return logits
     if problem.expert_bias is not None:
         scores = scores + problem.expert_bias
     if problem.top_groups == problem.groups:
@@ -178,7 +181,7 @@ def _balance_loss(logits: Tensor, scores: Tensor, choice: Tensor, tokens: Tensor
         counted, factor = choice[..., :1], 1.0 / experts
     elif policy == "sigmoid":
         # Eq. 18 ranks the scores alone, without bias and groups, and eq. 19 makes them shares.
-        counted = _best(scores.detach(), problem.top_k).masked_fill(~tokens[..., None], -1)
+        counted = _best(logits.detach(), problem.top_k).masked_fill(~tokens[..., None], -1)
         factor = experts / problem.top_k
         scores = scores / (scores.sum(dim=-1, keepdim=True) + _EPSILON)
     expert = torch.arange(experts, device=logits.device)

@@ -182,7 +182,10 @@ class _Group:
 
 def check(case: Case, logits: Tensor, options: dict, got, uniform: Tensor | None = None, tolerance: float = 1e-11):
     """A `Routing` against the loops, decisions index by index, and the gradient of weights and losses to the logits."""
-    exact = logits.detach().double().requires_grad_()
+    exact = logits.detach().double().cpu().requires_grad_()
+    uniform = None if uniform is None else uniform.cpu()
+    options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
+    got = type(got)(*(x.cpu() for x in got))
     wanted = route(case, exact, options, uniform)
     index = torch.tensor([[-1 if e is None else e for e in row] for row in wanted.index], dtype=torch.int32)
     columns = case.e if case.policy == "expert_choice" else case.k
@@ -207,7 +210,7 @@ def check(case: Case, logits: Tensor, options: dict, got, uniform: Tensor | None
 
     def gradient(leaf, weights, balance, z):
         total = (weights * cotangent.to(weights.dtype)).sum() + 0.7 * balance + 0.3 * z + 0 * leaf.sum()
-        return torch.autograd.grad(total, leaf)[0]
+        return torch.autograd.grad(total, leaf)[0].cpu()
 
     pairs = [
         (got.weights, weights),

@@ -158,6 +158,8 @@ void check(const Case& c) {
 void attention_case(Random& random);
 void gated_linear_case(Random& random);
 void glu_case(Random& random);
+void moe_dispatch_case(Random& random);
+void moe_route_case(Random& random);
 void rotary_case(Random& random);
 
 inline const char* name_of(DType dtype) {

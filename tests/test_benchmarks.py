@@ -22,6 +22,7 @@ from benchmarks import (  # noqa: E402
     length_cases,
     long_context,
     mask_cases,
+    moe_cases,
     peers,
     report,
     report_page,
@@ -169,6 +170,18 @@ def test_gated_cases_are_right(monkeypatch):
         assert harness.check(work)["ok"], case.name
         for contender in work.contenders:
             contender.call()
+
+
+def test_cases_of_mixtures_are_right(monkeypatch):
+    for name, shape in (("ROUTED", (50, 24, 3)), ("MOVED", (40, 33, 5, 2))):
+        monkeypatch.setattr(moe_cases, name, shape)
+    for case in moe_cases.all_cases():
+        work = case.setup(case.seed)
+        assert harness.check(work)["ok"], case.name
+        for contender in work.contenders:
+            contender.call()
+        if work.bandwidth_probe:
+            work.bandwidth_probe()
 
 
 def test_rotary_says_the_same_to_everyone(monkeypatch):

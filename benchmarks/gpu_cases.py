@@ -1,4 +1,4 @@
-"""The cases that run on a GPU: gated units, rotary, gated layers. Timed by the device's own clock, in one loop.
+"""The cases that run on a GPU: gated units and layers, rotary, mixtures of experts. Timed by its own clock, in one loop.
 
 What streams is held against `copy_` of as many bytes, what multiplies against cuBLAS (`torch.mm`) of as many flops;
 both are measured in the same loop. Before every call the L2 cache is overwritten, as between the layers of a model.
@@ -35,6 +35,7 @@ class Sizes:
     hidden: int = 4096
     inner: int = 11008
     heads: tuple[int, int, int, int] = (4, 32, 4096, 128)
+    experts: tuple[int, int] = (128, 8)  # of which a token takes so many
 
 
 # --- Timing ---
@@ -202,6 +203,43 @@ def gated_mlp(dtype: str, backward: bool, device: str, sizes: Sizes, seed: int) 
     return work
 
 
+def moe_route(dtype: str, backward: bool, device: str, sizes: Sizes, seed: int) -> Work:
+    """Choices, weights and rows; the peers sort."""
+    experts, choices = sizes.experts
+    (logits,) = leaves = _draw(seed, device, dtype, (sizes.tokens, experts))
+
+    def eager(logits):
+        weights, index = torch.softmax(logits, -1).topk(choices, -1)
+        order = index.flatten().argsort(stable=True)
+        offsets = torch.searchsorted(index.flatten()[order], torch.arange(experts + 1, device=device))
+        return weights + 0 * (order[0] + offsets[0])
+
+    def own(logits, *others, impl="auto"):
+        return pyext.moe.route(logits, choices, impl=impl).weights
+
+    ways = {"pyext": own, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+    moved = (2 if backward else 1) * logits.nbytes + sizes.tokens * choices * (4 if backward else 16)
+    return _work(ways, eager, leaves, backward, moved)
+
+
+def moe_rows(name: str, dtype: str, backward: bool, device: str, sizes: Sizes, seed: int) -> Work:
+    """Dispatch or combine."""
+    experts, choices = sizes.experts
+    logits, *drawn = _draw(seed, device, dtype, (sizes.tokens, experts), (sizes.tokens, sizes.hidden))
+    routing = pyext.moe.route(logits, choices)
+    rows = routing.source.shape[0] + sizes.tokens
+    if name == "dispatch":
+        ways = _ways(pyext.moe.dispatch, tuple(drawn), (routing,), lambda x: x[routing.source], None)
+    else:
+        drawn = _draw(seed + 1, device, dtype, (routing.source.shape[0], sizes.hidden))
+
+        def eager(ys):
+            return (ys[routing.position] * routing.weights[..., None].to(ys.dtype)).sum(1)
+
+        ways = _ways(pyext.moe.combine, tuple(drawn), (routing,), eager, None)
+    return _work(ways, ways["eager"], tuple(drawn), backward, rows * sizes.hidden * drawn[0].element_size())
+
+
 def all_cases(device: str = "cuda", sizes: Sizes | None = None) -> list[Case]:
     """For a GPU; or, to check the results of small ones, for a CPU."""
     where, cases = (device, sizes or Sizes()), []
@@ -211,12 +249,16 @@ def all_cases(device: str = "cuda", sizes: Sizes | None = None) -> list[Case]:
         cases.append(Case(f"gpu/{name}/{dtype}", "gpu", name, dtype, figures, op=op, **how))
 
     streams = percent_of_bandwidth(85, what="copy"), speedup("eager"), speedup("torch.compile"), speedup("Liger")
+    routes = speedup("eager"), speedup("torch.compile")
     multiplies = percent_of_peak(90), speedup("eager"), speedup("torch.compile")
     for direction, backward in (("forward", False), ("backward", True)):
         for dtype in ("bf16", "fp32"):
             for name in ACTIVATIONS:
                 add(f"{name} {direction}", dtype, partial(glu, name, dtype, backward, *where), streams, "glu")
             add(f"rotary {direction}", dtype, partial(rotary, dtype, backward, *where), streams, "rotary")
+            for name in ("dispatch", "combine"):
+                add(f"{name} {direction}", dtype, partial(moe_rows, name, dtype, backward, *where), streams, "moe")
+        add(f"route {direction}", "fp32", partial(moe_route, "fp32", backward, *where), routes, "moe")
         add(f"gated_mlp {direction}", "bf16", partial(gated_mlp, "bf16", backward, *where), multiplies, "gated_linear")
     add("rotary, gradient of the tables", "bf16", partial(rotary_tables, "bf16", *where), streams, "rotary")
     return cases

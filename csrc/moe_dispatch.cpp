@@ -1,6 +1,6 @@
 // The ops of dispatch and combine: schema, checks of invariants, torch tensors -> problems -> the kernels of the active
-// instruction set. Friendly messages come from Python (pyext/ops/moe_dispatch.py); what is checked here protects
-// memory.
+// instruction set, or of the GPU. Friendly messages come from Python (pyext/ops/moe_dispatch.py); what is checked here
+// protects memory. Numbers of rows and tokens in a routing are checked here on the CPU, and by the kernels on a GPU.
 #include "moe_dispatch.h"
 
 #include <tuple>
@@ -76,8 +76,9 @@ Tensor moe_dispatch_forward(const Tensor& x, const Tensor& source, const Tensor&
   p.source = static_cast<const int32_t*>(tokens.const_data_ptr());
   p.position = static_cast<const int32_t*>(places.const_data_ptr());
   p.x = rows_of<Input>(input), p.out = rows_of<Output>(out);
-  check_maps(tokens, places);
-  kernels().moe_dispatch_forward(p, parallel());
+  run_on_device(
+      input, "x", [&] { check_maps(tokens, places), kernels().moe_dispatch_forward(p, parallel()); },
+      [&](auto stream) { return pyext_cuda_moe_dispatch_forward(p, stream); });
   return out;
 }
 
@@ -108,7 +109,9 @@ Tensor moe_combine_forward(const Tensor& ys, const MaybeTensor& weights, const T
   const Tensor input = readable(ys);
   Tensor out = fresh(ys, p.tokens, p.width);
   p.ys = rows_of<Input>(input), p.out = rows_of<Output>(out);
-  kernels().moe_combine_forward(p, parallel());
+  run_on_device(
+      input, "ys", [&] { kernels().moe_combine_forward(p, parallel()); },
+      [&](auto stream) { return pyext_cuda_moe_combine_forward(p, stream); });
   return out;
 }
 
@@ -124,13 +127,20 @@ std::tuple<Tensor, Tensor> moe_combine_backward(const Tensor& grad, const Tensor
   Tensor grad_weights =
       need_weights ? empty(ys, {p.tokens, p.choices}, accumulator(ys)) : empty(ys, {0}, accumulator(ys));
   p.grad = rows_of<Input>(upstream), p.ys = rows_of<Input>(input);
-  std::vector<uint8_t> used;
-  if (need_ys) {
-    used = used_rows(call.position, p.rows);
-    p.used = used.data(), p.grad_ys = rows_of<Output>(grad_ys);
-  }
+  if (need_ys) p.grad_ys = rows_of<Output>(grad_ys);
   if (need_weights) p.grad_weights = grad_weights.mutable_data_ptr();
-  kernels().moe_combine_backward(p, parallel());
+  run_on_device(
+      input, "ys",
+      [&] {
+        std::vector<uint8_t> used;
+        if (need_ys) used = used_rows(call.position, p.rows), p.used = used.data();
+        kernels().moe_combine_backward(p, parallel());
+      },
+      [&](auto stream) {
+        const Tensor used = empty(ys, {need_ys ? p.rows : 0}, ScalarType::Byte);
+        p.used = static_cast<uint8_t*>(used.mutable_data_ptr());
+        return pyext_cuda_moe_combine_backward(p, stream);
+      });
   return {grad_ys, grad_weights};
 }
 
@@ -149,5 +159,13 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("moe_combine_forward", TORCH_BOX(&moe_combine_forward));
   m.impl("moe_combine_backward", TORCH_BOX(&moe_combine_backward));
 }
+
+#if defined(PYEXT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pyext, CUDA, m) {
+  m.impl("moe_dispatch_forward", TORCH_BOX(&moe_dispatch_forward));
+  m.impl("moe_combine_forward", TORCH_BOX(&moe_combine_forward));
+  m.impl("moe_combine_backward", TORCH_BOX(&moe_combine_backward));
+}
+#endif
 
 }  // namespace pyext

@@ -26,10 +26,15 @@ struct CombineProblem {
   Output out;  // forward only: (T, width)
 
   // Backward only.
-  Input grad;                     // (T, width)
-  Output grad_ys;                 // (N, width), or null
-  const uint8_t* used = nullptr;  // (N,): whether a choice has the row; with grad_ys
-  void* grad_weights = nullptr;   // (T, K) contiguous, accumulator type, or null
+  Input grad;                    // (T, width)
+  Output grad_ys;                // (N, width), or null
+  uint8_t* used = nullptr;       // (N,): whether a choice has the row; with grad_ys. The GPU finds it out
+  void* grad_weights = nullptr;  // (T, K) contiguous, accumulator type, or null
 };
 
 }  // namespace pyext
+
+// csrc/cuda/moe_dispatch.cu; stream is a cudaStream_t. They return a cudaError_t: 0 if the launch succeeded.
+extern "C" int pyext_cuda_moe_dispatch_forward(const pyext::DispatchProblem&, void* stream);
+extern "C" int pyext_cuda_moe_combine_forward(const pyext::CombineProblem&, void* stream);
+extern "C" int pyext_cuda_moe_combine_backward(const pyext::CombineProblem&, void* stream);

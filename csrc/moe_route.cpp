@@ -1,5 +1,6 @@
 // The op of routing: schema, checks of invariants, torch tensors -> RouteProblem -> the kernels of the active
-// instruction set. Friendly messages come from Python (pyext/ops/moe_route.py); what is checked here protects memory.
+// instruction set, or of the GPU. Friendly messages come from Python (pyext/ops/moe_route.py); what is checked here
+// protects memory.
 #include "moe_route.h"
 
 #include <tuple>
@@ -14,6 +15,9 @@ constexpr int64_t kLargest = (int64_t{1} << 31) - 1;  // rows are counted in int
 const uint8_t* bytes_of(const MaybeTensor& t) { return t ? static_cast<const uint8_t*>(t->const_data_ptr()) : nullptr; }
 const int32_t* read_numbers(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 int32_t* numbers_of(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
+
+// What kernels on a GPU leave for one another. The allocator keeps it for the stream that they run on.
+Tensor workspace(const Tensor& like, int64_t bytes) { return empty(like, {bytes}, ScalarType::Byte); }
 
 // The problem that both directions have in common; the tensors must outlive it.
 RouteProblem problem_of(const Tensor& logits, const MaybeTensor& token_mask, int64_t policy, bool renormalize) {
@@ -71,7 +75,13 @@ Routing moe_route_forward(const Tensor& logits, const MaybeTensor& token_mask, c
   p.offsets = numbers_of(offsets), p.source = numbers_of(source), p.position = numbers_of(position);
   p.balance_loss = balance_loss.mutable_data_ptr(), p.z_loss = z_loss.mutable_data_ptr();
   p.dropped = numbers_of(dropped), p.choice = numbers_of(choice), p.load = numbers_of(load);
-  kernels().moe_route_forward(p, parallel());
+  run_on_device(
+      input, "logits", [&] { kernels().moe_route_forward(p, parallel()); },
+      [&](auto stream) {
+        const Tensor memory = workspace(input, pyext_cuda_moe_route_workspace(p));
+        p.workspace = memory.mutable_data_ptr();
+        return pyext_cuda_moe_route_forward(p, stream);
+      });
   return {expert_index, weights, offsets, source, position, balance_loss, z_loss, dropped, choice, load};
 }
 
@@ -104,7 +114,13 @@ Tensor moe_route_backward(const MaybeTensor& grad_weights, const MaybeTensor& gr
   p.grad_weights = data(weights), p.grad_balance = data(grad_balance), p.grad_z = data(grad_z);
   p.kept = read_numbers(kept), p.chosen = read_numbers(chosen), p.counted = read_numbers(counted);
   p.grad_logits = grad_logits.mutable_data_ptr();
-  kernels().moe_route_backward(p, parallel());
+  run_on_device(
+      input, "logits", [&] { kernels().moe_route_backward(p, parallel()); },
+      [&](auto stream) {
+        const Tensor memory = workspace(input, pyext_cuda_moe_route_workspace(p));
+        p.workspace = memory.mutable_data_ptr();
+        return pyext_cuda_moe_route_backward(p, stream);
+      });
   return grad_logits;
 }
 
@@ -126,5 +142,12 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("moe_route_forward", TORCH_BOX(&moe_route_forward));
   m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
 }
+
+#if defined(PYEXT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pyext, CUDA, m) {
+  m.impl("moe_route_forward", TORCH_BOX(&moe_route_forward));
+  m.impl("moe_route_backward", TORCH_BOX(&moe_route_backward));
+}
+#endif
 
 }  // namespace pyext

@@ -37,6 +37,13 @@ struct RouteProblem {
   const void *grad_weights = nullptr, *grad_balance = nullptr, *grad_z = nullptr;  // accumulator type
   const int32_t *kept = nullptr, *chosen = nullptr, *counted = nullptr;            // expert_index, choice, load
   void* grad_logits = nullptr;  // (groups, tokens, experts) contiguous, of the dtype of the logits
+
+  void* workspace = nullptr;  // on a GPU: as many bytes as pyext_cuda_moe_route_workspace says
 };
 
 }  // namespace pyext
+
+// csrc/cuda/moe_route.cu; stream is a cudaStream_t. They return a cudaError_t: 0 if the launch succeeded.
+extern "C" int64_t pyext_cuda_moe_route_workspace(const pyext::RouteProblem&);
+extern "C" int pyext_cuda_moe_route_forward(const pyext::RouteProblem&, void* stream);
+extern "C" int pyext_cuda_moe_route_backward(const pyext::RouteProblem&, void* stream);

@@ -11,6 +11,12 @@ pytestmark = [
     pytest.mark.skipif(not any(b.device == "cuda" for b in backends.CUDA), reason="no GPU with CUDA kernels"),
 ]
 DTYPE = torch.bfloat16
+#: Of the policies that draw no random numbers.
+POLICIES = (
+    dict(top_k=2, capacity_factor=1.0, renormalize=True, batch_priority=True),
+    dict(top_k=3, policy="sigmoid", groups=(3, 2)),
+    dict(top_k=1, policy="expert_choice"),
+)
 
 
 def inputs(device="cuda"):
@@ -28,6 +34,11 @@ def everything(x, cos, sin, positions, gate, up):
     gated = [op(*leaves[3:], impl="cuda") for op in (pyext.geglu, pyext.swiglu, pyext.reglu)]
     packed = pyext.geglu(torch.cat(leaves[3:], -1), approximate="tanh", impl="cuda")
     results = [turned, *gated, packed]
+    logits, rows = (leaf.flatten(0, -2) for leaf in leaves[3:])
+    for options in POLICIES:
+        routing = pyext.moe.route(logits, impl="cuda", **options)
+        combined = pyext.moe.combine(pyext.moe.dispatch(rows, routing, impl="cuda"), routing, impl="cuda")
+        results += [routing.weights, routing.balance_loss, routing.z_loss, combined]
     return [r.detach() for r in results] + list(torch.autograd.grad(results, leaves, [r.detach() for r in results]))
 
 

@@ -1,27 +1,40 @@
-"""The training example: three steps of every architecture; both models stay together. No timing is asserted."""
+"""The training examples: some steps of every architecture; both models stay together. No timing is asserted."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import pyext
+
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-SOURCE = Path(__file__).resolve().parent.parent / "examples" / "train_lm.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = ["--steps", "3", "--batch", "2", "--length", "48", "--layers", "2", "--width", "32", "--heads", "4"]
 
 
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("train_lm", SOURCE)
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def example():
+    yield from loaded("train_lm")
+
+
+@pytest.fixture(scope="module")
+def parallel(example):  # which it imports
+    yield from loaded("train_parallel")
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +107,40 @@ def test_text_too_short(example):
     config = example.Config("gpt2", 1, 8, 1, 64)
     with pytest.raises(ValueError, match="--length"):
         next(example.batches(torch.zeros(64, dtype=torch.long), config, 1, 0))
+
+
+FEW = ["--steps", "3", "--length", "64", "--width", "32", "--batch", "3", "--experts", "5"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
+def test_parallel_started_by_torchrun(tmp_path):
+    """Random second choices, dropped tokens, experts that two processes cannot share evenly."""
+    picture = tmp_path / "curves.png"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--quick", *FEW, "--moe", "gshard", "--out", picture]
+    env = dict(os.environ, PYTHONPATH=str(Path(pyext.__file__).parents[1]), OMP_NUM_THREADS="1")
+    if sys.platform == "linux":
+        env["GLOO_SOCKET_IFNAME"] = "lo"
+    done = subprocess.run(
+        [*command, EXAMPLES / "train_parallel.py", *arguments], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout and "apart at most, over 3 steps" in done.stdout
+    assert 0 < picture.stat().st_size < 150_000
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
+@pytest.mark.parametrize("mixture", ["mixtral", "switch"])
+def test_parallel_by_itself(parallel, mixture, tmp_path):
+    runs = parallel.main([*FEW, "--moe", mixture, "--out", str(tmp_path / "curves.png")])
+    assert [len(run.losses) for run in runs] == [3, 3] and runs[1].losses[-1] < runs[1].losses[0]
+    assert parallel.apart(runs) < 1e-4
+
+
+def test_parallel_bad_arguments(parallel, capsys):
+    for bad in (["--width", "30"], ["--moe", "soft"], ["--experts", "-1"]):
+        with pytest.raises(SystemExit):
+            parallel.parse([*FEW, *bad])
+        assert bad[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--length must be a multiple of 2 for 1 process"):
+        parallel.main([*FEW, "--length", "63"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,3 +104,20 @@ def test_refusals(group, monkeypatch):
 def test_needs_a_group():
     with pytest.raises(ValueError, match="group must be a process group"):
         distributed.ExpertParallel()
+
+
+def test_the_calls_of_the_docs(monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        functools.partial(dist.init_process_group, store=dist.HashStore(), rank=0, world_size=1),
+    )
+    names = {}
+    try:
+        for snippet in text.split("```python\n")[1:]:
+            exec(snippet.partition("```")[0], names)
+    finally:
+        dist.destroy_process_group()
+    assert names["q"].grad.isfinite().all() and names["layer"].w_down.grad.isfinite().all()
+    assert names["whole"].keys() == names["model"].state_dict().keys() and names["norm"] > 0

@@ -1,18 +1,18 @@
-"""csrc/cuda/rotary.cu and glu.cu on the emulator: right and without alarm under every schedule; seeded defects."""
+"""The ops of csrc/cuda on the emulator: right and without alarm under every schedule; seeded defects."""
 
 import ctypes
 
 import pytest
 import torch
 from simt.build import build
-from simt.mutants import DTYPE, MUTANTS, RUNS, SMALL_GRIDS, check, source
+from simt.mutants import DTYPE, MUTANTS, RUNS, SMALL, WIDE, check, source
 from simt.ops import SOURCES, instead_of_cpu
 from simt.problems import GluProblem, RotaryProblem
 from simt.runtime import Found, machine
 
 from support import layouts
 
-STEMS = ("rotary", "glu")
+STEMS = ("rotary", "glu", "moe_route", "moe_dispatch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,7 +22,8 @@ def name_of(run):
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    build([*SOURCES.values(), *(source(stem, *SMALL_GRIDS) for stem in STEMS), *(m.kernel for m in MUTANTS)])
+    changed = [source(stem, *SMALL[stem]) for stem in STEMS]
+    build([*SOURCES.values(), *changed, source("moe_route", *WIDE), *(m.kernel for m in MUTANTS)])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=name_of)
@@ -36,8 +37,14 @@ def test_no_alarm(stem, dtype, run, seed):
 @pytest.mark.parametrize("run", RUNS, ids=name_of)
 @pytest.mark.parametrize("stem", STEMS)
 def test_kernels_go_round_where_the_grid_ends(stem, run, seed):
-    with instead_of_cpu({stem: source(stem, *SMALL_GRIDS)}, seed=seed % 2**31, **run):
+    with instead_of_cpu({stem: source(stem, *SMALL[stem])}, seed=seed % 2**31, **run):
         check(stem, DTYPE, seed)
+
+
+@pytest.mark.parametrize("run", RUNS[-2:], ids=name_of)
+def test_more_experts_than_fit_into_shared_memory(run, seed):
+    with instead_of_cpu({"moe_route": source("moe_route", *WIDE)}, seed=seed % 2**31, **run):
+        check("moe_route", DTYPE, seed)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

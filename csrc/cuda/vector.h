@@ -92,17 +92,9 @@ bool has_aligned_rows(DType dtype, const Tensors&... tensors) {
   return (aligned(tensors) && ...);
 }
 
-// Calls f(element, size, interleaved) with values of types that choose a kernel: the element type, the elements that a
-// thread moves at once (16 bytes if `vectors`, else one), and how pairs lie. There are no kernels for fp64.
+// Calls of_type(element) with a value of the element type. There are no kernels for fp64.
 template <class F>
-int with_kernel(DType dtype, bool vectors, bool interleaved, const F& f) {
-  auto of_type = [&](auto element) {
-    auto of_size = [&](auto size) {
-      return interleaved ? f(element, size, std::true_type()) : f(element, size, std::false_type());
-    };
-    using Wide = std::integral_constant<int, ptx::Vector<decltype(element)>::size>;
-    return vectors ? of_size(Wide()) : of_size(std::integral_constant<int, 1>());
-  };
+int with_element(DType dtype, const F& of_type) {
   switch (dtype) {
     case DType::f32:
       return of_type(float());
@@ -113,6 +105,23 @@ int with_kernel(DType dtype, bool vectors, bool interleaved, const F& f) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+// The same with the elements that a thread moves at once: 16 bytes if `vectors`, else one.
+template <class F>
+int with_pack(DType dtype, bool vectors, const F& f) {
+  return with_element(dtype, [&](auto element) {
+    using Wide = std::integral_constant<int, ptx::Vector<decltype(element)>::size>;
+    return vectors ? f(element, Wide()) : f(element, std::integral_constant<int, 1>());
+  });
+}
+
+// The same with how pairs lie: f(element, size, interleaved).
+template <class F>
+int with_kernel(DType dtype, bool vectors, bool interleaved, const F& f) {
+  return with_pack(dtype, vectors, [&](auto element, auto size) {
+    return interleaved ? f(element, size, std::true_type()) : f(element, size, std::false_type());
+  });
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

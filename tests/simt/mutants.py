@@ -1,12 +1,13 @@
-"""Seeded defects of csrc/cuda/rotary.cu and glu.cu: the sources with one line changed, and the runs that look for it.
+"""Seeded defects of the ops in csrc/cuda: the sources with one line changed, and the runs that look for it.
 
-A copy is cut down to fp16 and two activations, to compile in a second or two. SMALL_GRIDS is no defect: with grids of
-a few blocks, the kernels must go round.
+A copy is cut down to fp16 and two activations, to compile in a second or two. SMALL is no defect: with grids of a
+few blocks, and with small tiles, the kernels must go round.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,19 +20,30 @@ from support.backends import Backend
 from support.rotary import Case
 from support.tolerance import assert_close_to_reference, decisive
 
+from . import moe_probes
 from .build import OUT, ROOT, Kernel
 from .ops import instead_of_cpu
 from .runtime import SCHEDULES, Found
 
 RUNS = [dict(schedule=schedule, preempt=preempt) for schedule, preempt in itertools.product(SCHEDULES, (0, 20))]
 DTYPE = torch.float16
-SMALL_GRIDS = (("(int64_t(1) << 31) - 1", "3"), ("65535", "2"))
+_ROUNDS = (("(int64_t(1) << 31) - 1", "3"), ("65535", "2"))
+_TILES = (
+    ("kTokens = 64", "kTokens = 5"),
+    ("kMostWarps = 8", "kMostWarps = 2"),
+    ("kTallyWarps = 4", "kTallyWarps = 2"),
+    ("kTile = 1024", "kTile = 32"),
+    ("kBinsAtOnce = 2048", "kBinsAtOnce = 4"),
+    ("kParts = 16", "kParts = 2"),
+)
+SMALL = {"rotary": _ROUNDS, "glu": _ROUNDS, "moe_route": (*_ROUNDS, *_TILES), "moe_dispatch": _ROUNDS}
+#: Routing with rows of logits that do not fit into shared memory.
+WIDE = (*SMALL["moe_route"], ("kSharedBytes = 96 << 10", "kSharedBytes = 0"), ("kWideBlocks = 256", "kWideBlocks = 2"))
 
 
 def source(stem: str, *changes: tuple[str, str]) -> Kernel:
-    """csrc/cuda/<stem>.cu with vector.h in it, in fp16 for two activations, with each text replaced by another."""
-    folder = ROOT / "csrc" / "cuda"
-    text = (folder / f"{stem}.cu").read_text().replace('#include "vector.h"', (folder / "vector.h").read_text())
+    """csrc/cuda/<stem>.cu with its headers in it, in fp16 for two activations, with each text replaced by another."""
+    text = _with_headers(f"{stem}.cu", {"ptx.h"})
     for other in ("float", "bf16"):
         text = _replaced(text, f"return of_type({other}());", "return cudaErrorInvalidValue;")
     if stem == "glu":
@@ -44,6 +56,19 @@ def source(stem: str, *changes: tuple[str, str]) -> Kernel:
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
     return Kernel(str(path.relative_to(ROOT)))
+
+
+def _with_headers(name: str, taken: set[str]) -> str:
+    """The text of csrc/cuda/<name> with the headers beside it, but those that were taken before."""
+
+    def content(match: re.Match) -> str:
+        if match[1] in taken:
+            return match[0] if match[1] == "ptx.h" else ""
+        taken.add(match[1])
+        return _with_headers(match[1], taken)
+
+    text = (ROOT / "csrc" / "cuda" / name).read_text().replace("#pragma once\n", "")
+    return re.sub(r'#include "(\w+\.h)"', content, text)
 
 
 def _replaced(text: str, old: str, new: str) -> str:
@@ -114,8 +139,16 @@ def check_glu(op, probe: str, dtype: torch.dtype, seed: int) -> None:
         assert_close_to_reference(*three, name=f"{name} of {probe}", independent=decisive(three[1]))
 
 
-def check(stem: str, dtype: torch.dtype, seed: int) -> None:
-    """Every call of an op above."""
+def check(stem: str, dtype: torch.dtype, seed: int, probe: str = "") -> None:
+    """Every call of an op above; or, of routing, dispatch and combine, of moe_probes, or one of them."""
+    for stems, probes, look in (
+        ("moe_route", moe_probes.ROUTES, moe_probes.check_route),
+        ("moe_dispatch", moe_probes.ROWS, moe_probes.check_rows),
+    ):
+        if stem == stems:
+            for name in [probe] if probe else probes:
+                look(name, dtype, seed)
+            return
     if stem == "rotary":
         for case in ROTARY:
             rotary.check(case, dtype, Backend("cpu"), seed)
@@ -134,20 +167,21 @@ class Mutant:
     title: str
     old: str
     new: str
+    probe: str = ""  # the one that finds it
 
     def __str__(self) -> str:
         return f"{self.stem}: {self.title}".replace(" ", "-")
 
     @property
     def kernel(self) -> Kernel:
-        return source(self.stem, (self.old, self.new), *SMALL_GRIDS)
+        return source(self.stem, (self.old, self.new), *SMALL[self.stem])
 
     def outcomes(self, seed: int = 1) -> Iterator[str]:
         """One word per run: "missed", "values" (a wrong result), or what the emulator said."""
         for i, run in enumerate(RUNS):
             try:
                 with instead_of_cpu({self.stem: self.kernel}, seed=seed + i, **run):
-                    check(self.stem, DTYPE, seed)
+                    check(self.stem, DTYPE, seed, self.probe)
                 yield "missed"
             except Found as found:
                 yield str(found)
@@ -202,4 +236,107 @@ MUTANTS = [
     Mutant(
         "glu", "two threads on one vector", "* blockDim.x + threadIdx.x) * N;", "* blockDim.x + threadIdx.x / 2) * N;"
     ),
+    Mutant(
+        "moe_route",
+        "lanes that count do not wait",
+        "__syncwarp();\n          if (counted && before == 0)",
+        "if (counted && before == 0)",
+        "capacity",
+    ),
+    Mutant("moe_route", "ranks begin at the tile", "ranked ? table[b] : 0", "0", "capacity"),
+    Mutant(
+        "moe_route", "a part of the tiles left out", "other < part; ++other", "other < part - 1; ++other", "capacity"
+    ),
+    Mutant(
+        "moe_route",
+        "sums of tiles are read too early",
+        "__syncthreads();\n    int before = 0;",
+        "int before = 0;",
+        "plain",
+    ),
+    Mutant("moe_route", "the best is chosen again", "if (place < last &&", "if (place <= last &&", "plain"),
+    Mutant("moe_route", "-0 below 0", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)", "plain"),
+    Mutant(
+        "moe_route",
+        "choices of the last lanes left out",
+        "k == columns - 1) && mine",
+        "k == columns) && mine",
+        "many choices",
+    ),
+    Mutant("moe_route", "a slot too many", "rank < p.capacity", "rank <= p.capacity", "capacity"),
+    Mutant(
+        "moe_route",
+        "second choices claim with the first",
+        "order[segment * p.tokens + place] : place",
+        "place : place",
+        "priority",
+    ),
+    Mutant("moe_route", "keys not sorted by their last digit", "pass < 4; ++pass", "pass < 3; ++pass", "priority"),
+    Mutant(
+        "moe_route", "unused rows keep what was there", "i >= p.offsets[p.experts]", "i > p.offsets[p.experts]", "plain"
+    ),
+    Mutant("moe_route", "second choices kept too often", "2 * weights[1] <= p", "weights[1] <= p", "second choices"),
+    Mutant("moe_route", "the second best of a group is the best", "fminf(best, value))", "value)", "groups"),
+    Mutant(
+        "moe_route",
+        "groups decide whom the loss counts",
+        "const bool apart = logistic &&",
+        "const bool apart = false &&",
+        "groups",
+    ),
+    Mutant(
+        "moe_route",
+        "scores read before all are written",
+        "__syncwarp();\n  if (p.top_groups",
+        "if (p.top_groups",
+        "groups",
+    ),
+    Mutant(
+        "moe_route",
+        "sums of warps read too early",
+        "__syncthreads();\n    for (int e = int(threadIdx.x); e < experts; e += int(blockDim.x)) {\n      float sum",
+        "for (int e = int(threadIdx.x); e < experts; e += int(blockDim.x)) {\n      float sum",
+        "plain",
+    ),
+    Mutant(
+        "moe_route", "padding counted", "if (is_masked(p, group * p.tokens + s)) {", "if (false) {", "experts choose"
+    ),
+    Mutant("moe_route", "one token too few of equal ones", "s <= w.cuts", "s < w.cuts", "experts share"),
+    Mutant(
+        "moe_route",
+        "digits read while they are counted",
+        "__syncthreads();\n      // The thread of the digit",
+        "// The thread of the digit",
+        "experts share",
+    ),
+    Mutant("moe_route", "gradients of dropped choices", "if (kept[k] >= 0) product", "product", "capacity"),
+    Mutant(
+        "moe_route",
+        "lanes add weights before the balance",
+        "__syncwarp();\n    if (p.grad_weights)",
+        "if (p.grad_weights)",
+        "plain",
+    ),
+    Mutant("moe_dispatch", "row overrun by a vector", "if (first + i * step < p.width) store", "store", "vectors"),
+    Mutant(
+        "moe_dispatch",
+        "vectors whatever the width",
+        "return width % vector_size(dtype) == 0 && has",
+        "return has",
+        "weights alone",
+    ),
+    Mutant(
+        "moe_dispatch",
+        "vectors whatever the address",
+        "== 0 && has_aligned_rows(dtype, tensors...)",
+        "== 0",
+        "unaligned",
+    ),
+    Mutant("moe_dispatch", "unused rows take the first token", "if (found && first", "if (first", "vectors"),
+    Mutant("moe_dispatch", "a choice too many", "k + i < p.choices ?", "true ?", "vectors"),
+    Mutant("moe_dispatch", "the weight of another choice", "(p.weights)[at]", "(p.weights)[at - i]", "vectors"),
+    Mutant("moe_dispatch", "unused rows keep what was there", "if (p.used[row]) continue;", "continue;", "vectors"),
+    Mutant("moe_dispatch", "no row is forgotten", "p.used[row] = 0;", "continue;", "gaps"),
+    Mutant("moe_dispatch", "a lane's part of a product", "warp_sum(products[i])", "products[i]", "gaps"),
+    Mutant("moe_dispatch", "two warps at a row", "blockDim.y + threadIdx.y; unit", "blockDim.y; unit", "vectors"),
 ]

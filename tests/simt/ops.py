@@ -11,17 +11,19 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from pyext.ops import glu, rotary
 
+from . import moe_ops
 from .build import Kernel
 from .problems import DTYPES, GluProblem, RotaryProblem, Strided, view
-from .runtime import machine
+from .runtime import Machine, machine
 
 Tensor = torch.Tensor
-SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in ("rotary", "glu")}
+SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in ("rotary", "glu", "moe_route", "moe_dispatch")}
 
 
 @contextlib.contextmanager
@@ -30,27 +32,38 @@ def instead_of_cpu(sources: dict[str, Kernel] = SOURCES, **run) -> Iterator[None
     library = torch.library.Library("pyext", "IMPL")
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
     try:
-        for stem, kernel in sources.items():
-            for direction in ("forward", "backward"):
-                name = f"{stem}_{direction}"
-                library.impl(name, _operator(OPERATORS[name], f"pyext_cuda_{name}", kernel, run), "CPU")
+        for name, (stem, *operator) in OPERATORS.items():
+            if stem in sources:
+                library.impl(name, _operator(*operator, f"pyext_cuda_{name}", sources[stem], run), "CPU")
         yield
     finally:
         library._destroy()
 
 
-def _operator(function: Callable, launcher: str, kernel: Kernel, run: dict) -> Callable:
+@dataclass
+class Launch:
+    """What an operator below starts its kernels by."""
+
+    gpu: Machine
+    kernel: Kernel
+    launcher: str
+
+    def __call__(self, problem, results: dict[str, Tensor], **inputs: Tensor | None) -> None:
+        self.gpu.memory(**{name: tensor for name, tensor in inputs.items() if tensor is not None})
+        self.gpu.memory(writable=True, **results)
+        self.gpu.call(self.function(self.launcher), ctypes.byref(problem), None)
+
+    def function(self, name: str):
+        return getattr(self.gpu.load(self.kernel), name)
+
+
+def _operator(first: str, function: Callable, launcher: str, kernel: Kernel, run: dict) -> Callable:
     def operator(*arguments):
-        if arguments[0].dtype == torch.float64:  # as the operators say it; csrc/cuda has no kernels for it
-            raise RuntimeError(f"{'x' if launcher.count('rotary') else 'gate'} must be float32, bfloat16 or float16")
+        given = next(x for x in arguments if isinstance(x, Tensor))
+        if given.dtype == torch.float64:  # as the operators say it; csrc/cuda has no kernels for it
+            raise RuntimeError(f"{first} must be float32, bfloat16 or float16")
         with machine(**run) as gpu:
-
-            def launch(problem, results: dict[str, Tensor], **inputs: Tensor) -> None:
-                gpu.memory(**{name: tensor for name, tensor in inputs.items() if tensor is not None})
-                gpu.memory(writable=True, **results)
-                gpu.call(getattr(gpu.load(kernel), launcher), ctypes.byref(problem), None)
-
-            return function(launch, *arguments)
+            return function(Launch(gpu, kernel, launcher), *arguments)
 
     return operator
 
@@ -158,9 +171,15 @@ def _glu_backward(launch, grad, gate, up, activation, gate_first, interleaved):
     return grad_gate, grad_up
 
 
+#: name: (source, first tensor, function).
 OPERATORS = {
-    "rotary_forward": _rotary_forward,
-    "rotary_backward": _rotary_backward,
-    "glu_forward": _glu_forward,
-    "glu_backward": _glu_backward,
+    "rotary_forward": ("rotary", "x", _rotary_forward),
+    "rotary_backward": ("rotary", "x", _rotary_backward),
+    "glu_forward": ("glu", "gate", _glu_forward),
+    "glu_backward": ("glu", "gate", _glu_backward),
+    "moe_route_forward": ("moe_route", "logits", moe_ops.route_forward),
+    "moe_route_backward": ("moe_route", "logits", moe_ops.route_backward),
+    "moe_dispatch_forward": ("moe_dispatch", "x", moe_ops.dispatch_forward),
+    "moe_combine_forward": ("moe_dispatch", "ys", moe_ops.combine_forward),
+    "moe_combine_backward": ("moe_dispatch", "ys", moe_ops.combine_backward),
 }

@@ -38,6 +38,40 @@ class GluProblem(ctypes.Structure):
     ]
 
 
+class RouteProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, Enum) for name in ("dtype", "policy")),
+        *((name, Size) for name in ("groups", "tokens", "experts", "columns", "rows", "capacity")),
+        *((name, Flag) for name in ("renormalize", "batch_priority")),
+        *((name, Size) for name in ("expert_groups", "top_groups")),
+        ("logits", Strided),
+        *((name, Pointer) for name in ("token_mask", "expert_bias", "uniform")),
+        *((name, Pointer) for name in ("expert_index", "position", "choice", "weights", "offsets", "source")),
+        *((name, Pointer) for name in ("balance_loss", "z_loss", "dropped", "load")),
+        *((name, Pointer) for name in ("grad_weights", "grad_balance", "grad_z", "kept", "chosen", "counted")),
+        *((name, Pointer) for name in ("grad_logits", "workspace")),
+    ]
+
+
+class DispatchProblem(ctypes.Structure):
+    _fields_ = [
+        ("dtype", Enum),
+        *((name, Size) for name in ("tokens", "choices", "rows", "width")),
+        *((name, Pointer) for name in ("source", "position")),
+        *((name, Strided) for name in ("x", "out")),
+    ]
+
+
+class CombineProblem(ctypes.Structure):
+    _fields_ = [
+        ("dtype", Enum),
+        *((name, Size) for name in ("tokens", "choices", "rows", "width")),
+        *((name, Pointer) for name in ("weights", "position")),
+        *((name, Strided) for name in ("ys", "out", "grad", "grad_ys")),
+        *((name, Pointer) for name in ("used", "grad_weights")),
+    ]
+
+
 def view(tensor: torch.Tensor, feature: int = 0) -> Strided:
     """A (batch, head, row, feature) tensor from this feature on; dimensions of size 1 broadcast."""
     strides = (0 if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride()))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from simt.build import build
 from simt.mutants import DTYPE, MUTANTS, RUNS, SMALL, WIDE, check, source
-from simt.ops import SOURCES, instead_of_cpu
-from simt.problems import GluProblem, RotaryProblem
+from simt.ops import OPERATORS, SOURCES, instead_of_cpu
+from simt.problems import CombineProblem, DispatchProblem, GluProblem, RotaryProblem, RouteProblem
 from simt.runtime import Found, machine
 
 from support import layouts
@@ -86,10 +86,62 @@ def test_offsets_beyond_2_to_the_31(dim, seed):
             torch.testing.assert_close(call(far), call(near), rtol=0, atol=0)
 
 
-def test_no_kernels_for_fp64():
-    with machine() as gpu:
-        for problem, stem in ((RotaryProblem(), "rotary"), (GluProblem(), "glu")):
-            problem.dtype, problem.batch, problem.heads, problem.length, problem.head_dim = 3, 1, 1, 1, 1
-            problem.rows = problem.width = 1
-            with pytest.raises(Found, match="launcher returned 1"):
-                gpu.call(getattr(gpu.load(SOURCES[stem]), f"pyext_cuda_{stem}_forward"), ctypes.byref(problem), None)
+@pytest.mark.parametrize("name", ["x", "ys", "grad"])
+def test_rows_beyond_2_to_the_31(name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    near = torch.randn(1, 1, 3, 16, generator=generator)
+    far, other = layouts.far_apart(near, 2)[0, 0], torch.randn(3, 16, generator=generator)
+    source, weights = torch.tensor([2, 0, 1]).int(), torch.rand(3, 1, generator=generator)
+    position = torch.tensor([[1], [2], [0]]).int()
+    ops = torch.ops.pyext
+    call = {
+        "x": lambda x: ops.moe_dispatch_forward(x, source, position),
+        "ys": lambda x: (ops.moe_combine_forward(x, weights, position), backward(other, x)[1]),
+        "grad": lambda x: backward(x, other),
+    }[name]
+
+    def backward(grad, ys):
+        return ops.moe_combine_backward(grad, ys, weights, position, True, True)
+
+    with instead_of_cpu():
+        torch.testing.assert_close(call(far), call(near[0, 0]))  # far rows are not aligned: sums in another order
+
+
+def test_rows_that_do_not_exist_are_left_out():
+    """On a GPU nobody can raise: they count like -1."""
+    x, ys, grad, weights = torch.randn(2, 8), torch.randn(3, 8), torch.randn(2, 8), torch.rand(2, 2)
+    ops, results = torch.ops.pyext, []
+    with instead_of_cpu():
+        for none in (-1, 3, -7, 2**31 - 1):
+            source, position = torch.tensor([1, none, 0]).int(), torch.tensor([[2, none], [none, 0]]).int()
+            results.append(
+                (
+                    ops.moe_dispatch_forward(x, source, position),
+                    ops.moe_combine_forward(ys, weights, position),
+                    *ops.moe_combine_backward(grad, ys, weights, position, True, True),
+                )
+            )
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=0, atol=0)
+
+
+SIZES = ("batch", "heads", "length", "head_dim", "rows", "width", "groups", "tokens", "experts", "columns", "choices")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("rotary_forward", RotaryProblem),
+        ("glu_forward", GluProblem),
+        ("moe_route_forward", RouteProblem),
+        ("moe_dispatch_forward", DispatchProblem),
+        ("moe_combine_forward", CombineProblem),
+        ("moe_combine_backward", CombineProblem),
+    ],
+)
+def test_no_kernels_for_fp64(name, problem):
+    call = problem(dtype=3)
+    for size in (*SIZES, "expert_groups", "top_groups"):
+        setattr(call, size, 1)
+    with machine() as gpu, pytest.raises(Found, match="launcher returned 1"):
+        gpu.call(getattr(gpu.load(SOURCES[OPERATORS[name][0]]), f"pyext_cuda_{name}"), ctypes.byref(call), None)

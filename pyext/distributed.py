@@ -215,18 +215,12 @@ class ExpertParallel:
         counts = routing.offsets.diff().to(torch.int64)
         experts = counts.shape[0]
         table = gathered(self.group, torch.cat([counts, counts.new_tensor([record])]))  # (processes, E + 1)
-        own = self.local_experts(experts)
-        here = table[:, own.start : own.stop]
         listed = table.tolist()
+        own = self.local_experts(experts)
         ranges = [self.local_experts(experts, rank) for rank in range(self.size)]
-        sent = [sum(listed[self.rank][e] for e in there) for there in ranges]
-        received = [sum(listed[rank][e] for e in own) for rank in range(self.size)]
-        expert = torch.arange(len(own), device=counts.device).repeat(self.size)
-        expert = expert.repeat_interleave(here.flatten(), output_size=sum(received))[:, None]
-        offsets, source, position = maps(expert, len(own), len(expert))
-        none = routing.weights.new_zeros(())
-        weights = routing.weights.new_ones(expert.shape)
-        arrived = Routing(expert.to(torch.int32), weights, offsets, source, position, none, none, offsets.new_zeros(()))
+        sent = [sum(listed[self.rank][expert] for expert in there) for there in ranges]
+        received = [sum(listed[rank][expert] for expert in own) for rank in range(self.size)]
+        arrived = _sorted_by_expert(table[:, own.start : own.stop], sum(received), routing.weights)
         return Exchange(arrived, sent, received, any(row[experts] for row in listed))
 
     def _to_experts(self, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -236,12 +230,39 @@ class ExpertParallel:
         return exchanged(self.group, (ys,), exchange.received, exchange.sent, exchange.is_recorded)[0]
 
 
+def _sorted_by_expert(counts: Tensor, rows: int, like: Tensor) -> Routing:
+    """The routing of what came: by process, of each process counts[process, expert] rows by expert."""
+    processes, experts = counts.shape
+    by_process, by_expert = counts.flatten(), counts.T.flatten()
+    ends = by_expert.cumsum(0)
+    # How far a block of rows of one process for one expert moves when experts come first: in the order of arrival,
+    # and in the order of experts.
+    moves = (ends - by_expert).view(experts, processes).T - (by_process.cumsum(0) - by_process).view_as(counts)
+    row = torch.arange(rows, device=counts.device)
+    expert = torch.arange(experts, device=counts.device).repeat(processes)
+    return Routing(
+        expert_index=_spread(expert, by_process, rows).to(torch.int32)[:, None],
+        weights=like.new_ones(rows, 1),
+        offsets=torch.cat([ends.new_zeros(1), ends.view(experts, processes)[:, -1]]).to(torch.int32),
+        source=(row - _spread(moves.T.flatten(), by_expert, rows)).to(torch.int32),
+        position=(row + _spread(moves.flatten(), by_process, rows)).to(torch.int32)[:, None],
+        balance_loss=like.new_zeros(()),
+        z_loss=like.new_zeros(()),
+        dropped=counts.new_zeros((), dtype=torch.int32),
+    )
+
+
+def _spread(values: Tensor, counts: Tensor, rows: int) -> Tensor:
+    return values.repeat_interleave(counts, output_size=rows)
+
+
 def _row_weights(routing: Routing) -> Tensor:
     """(N, 1): the weight of each row, which are all used."""
-    position = routing.position.flatten()
     rows = routing.source.shape[0]
-    order = torch.argsort(position.masked_fill(position < 0, rows), stable=True)  # choices in the order of rows
-    return routing.weights.flatten().gather(0, order[:rows])[:, None]
+    row = routing.position.flatten().to(torch.int64)
+    weights = routing.weights.flatten()
+    # Choices without a row fill one more at the end.
+    return weights.new_zeros(rows + 1).scatter(0, torch.where(row < 0, rows, row), weights)[:rows, None]
 
 
 def _tied(ys: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 import torch.utils.deterministic
+
+PATIENCE = timedelta(minutes=4)  # for a process that others wait for
 
 
 def run(work, ranks, folder, *arguments) -> str:
@@ -26,7 +29,8 @@ def _process(rank, ranks, work, folder, arguments):
     torch.use_deterministic_algorithms(True, warn_only=True)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
+    where = dict(init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", timeout=PATIENCE, **where)
     try:
         failures = work(*arguments)
     finally:

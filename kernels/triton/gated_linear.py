@@ -14,7 +14,6 @@ from ._gemm import BAND, Config, accumulate, accumulate_pair, choose, place
 from ._launch import DTYPES, check, on, readable
 from .glu import activation, glu_backward
 
-
 #: (kernel, element size) -> architecture -> configurations for `choose`. The forward has two accumulators. fp32
 #: has no matrix units: its products are exact.
 _FP32 = (Config(16, 32, 32, 4, 3), Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 2))

@@ -65,8 +65,8 @@ def _combine_backward_kernel(
     entries, choices, rows, columns, grad_row, ys_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """For the choices (t, k) of this program and their rows n: grad_ys[n] = weights[t, k] grad[t] and grad_weights[t, k]
-    = <grad[t], ys[n]>, where they are given."""
+    """For the choices (t, k) of this program and their rows n, where they are given: grad_ys[n] = weights[t, k] grad[t]
+    and grad_weights[t, k] = <grad[t], ys[n]>."""
     entry = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = entry < entries
     row = tl.load(position + entry, mask=inside, other=-1).to(tl.int64)

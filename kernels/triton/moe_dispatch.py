@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._launch import DTYPES, check, on, power_of_two, readable
 
-ELEMENTS = 2048  # of a tile: sixteen per thread
+ELEMENTS = 1024  # of a tile: eight per thread
 #: Columns of a tile; its rows follow from them. Wider rows take several tiles.
 LEAST_COLUMNS, MOST_COLUMNS = 64, 1024
 

@@ -129,6 +129,35 @@ def _rows_kernel(
 
 
 @triton.jit
+def _through_activation(
+    d, pre, weights, grad_pre, hidden, row, inside, column, columns, ACTIVATION: tl.constexpr, GATED: tl.constexpr
+):
+    """What `_hidden_gradient_kernel` stores for A' = d of these rows and columns; returns <A', A>. # [ROWS]"""
+    valid = inside[:, None] & (column < columns)[None, :]
+    width = columns
+    if GATED:
+        width = 2 * columns
+    pair = (row * width)[:, None] + column[None, :]
+    gate = tl.load(pre + pair, mask=valid, other=0.0).to(tl.float32)
+    value, slope = act(gate, ACTIVATION)
+    up = 1.0
+    if GATED:
+        up = tl.load(pre + pair + columns, mask=valid, other=0.0).to(tl.float32)
+    dots = tl.sum(d * value * up, 1)
+    weight = 1.0
+    if weights is not None:
+        weight = tl.load(weights + row, mask=inside, other=0.0)[:, None]
+    d *= weight
+    tl.store(grad_pre + pair, (d * up * slope).to(grad_pre.dtype.element_ty), mask=valid)
+    if GATED:
+        tl.store(grad_pre + pair + columns, (d * value).to(grad_pre.dtype.element_ty), mask=valid)
+    if hidden is not None:
+        at = hidden + (row * columns)[:, None] + column[None, :]
+        tl.store(at, (value * up * weight).to(hidden.dtype.element_ty), mask=valid)
+    return dots
+
+
+@triton.jit
 def _hidden_gradient_kernel(
     schedule, grad, w_down, pre, source, weights, grad_pre, hidden, dots,
     tokens, dots_row, columns, depth, grad_row, down_expert, down_row,
@@ -143,34 +172,20 @@ def _hidden_gradient_kernel(
         expert, row, inside, part = locate(schedule, tile, across, ROWS, BAND)
         column = part * COLUMNS + tl.arange(0, COLUMNS)
         token, known = tokens_of(source, row, inside, tokens)
-        column_inside = (column < columns)[None, :]
-        valid = inside[:, None] & column_inside
         d = tl.zeros((ROWS, COLUMNS), tl.float32)
         a, b = grad + (token * grad_row)[:, None], w_down + expert * down_expert + column[None, :]
-        d = accumulate(d, a, b, down_row, known[:, None], column_inside, depth, DEPTH)
-        width = columns
-        if GATED:
-            width = 2 * columns
-        pair = (row * width)[:, None] + column[None, :]
-        gate = tl.load(pre + pair, mask=valid, other=0.0).to(tl.float32)
-        value, slope = act(gate, ACTIVATION)
-        if GATED:
-            up = tl.load(pre + pair + columns, mask=valid, other=0.0).to(tl.float32)
-        else:
-            up = 1.0
+        d = accumulate(d, a, b, down_row, known[:, None], (column < columns)[None, :], depth, DEPTH)
+        # One half of the columns after the other: all at once does not fit into the registers.
+        left, right = tl.split(tl.permute(tl.reshape(d, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        half = part * COLUMNS + tl.arange(0, COLUMNS // 2)
+        products = _through_activation(
+            left, pre, weights, grad_pre, hidden, row, inside, half, columns, ACTIVATION, GATED
+        )  # fmt: skip
+        products += _through_activation(
+            right, pre, weights, grad_pre, hidden, row, inside, half + COLUMNS // 2, columns, ACTIVATION, GATED
+        )
         if dots is not None:
-            parts = tl.sum(tl.where(valid, d * value * up, 0.0), 1)
-            tl.store(dots + row * dots_row + part, parts, mask=inside)
-        weight = 1.0
-        if weights is not None:
-            weight = tl.load(weights + row, mask=inside, other=0.0)[:, None]
-        d *= weight
-        tl.store(grad_pre + pair, (d * up * slope).to(grad_pre.dtype.element_ty), mask=valid)
-        if GATED:
-            tl.store(grad_pre + pair + columns, (d * value).to(grad_pre.dtype.element_ty), mask=valid)
-        if hidden is not None:
-            at = hidden + (row * columns)[:, None] + column[None, :]
-            tl.store(at, (value * up * weight).to(hidden.dtype.element_ty), mask=valid)
+            tl.store(dots + row * dots_row + part, products, mask=inside)
 
 
 @triton.jit

@@ -155,7 +155,7 @@ def linear(dtype, rows: int, columns=4096, depth=4096) -> None:
 
 def experts(dtype, rows: int, columns=4096, depth=4096) -> None:
     """Eight experts with that many rows each, of odd width or not, forward and backward: gated ones with all that they
-    may have, others with little."""
+    may have; others, with little, of few rows."""
     count, (tokens, choices) = 8, (4 * rows, 2)
     x, weights = meta(tokens, depth, dtype=dtype), meta(tokens, choices, dtype=torch.float32)
     position, source, offsets = (
@@ -167,6 +167,8 @@ def experts(dtype, rows: int, columns=4096, depth=4096) -> None:
     activation, of_up = 1 if dtype == torch.float16 else 0, meta(count, 2 * columns, dtype=dtype)
     moe_experts.moe_forward(x, up, down, of_up, of_down, *maps, activation, True)
     moe_experts.moe_backward(x, x, pre, up, down, of_down, *maps, activation, *[True] * 6)
+    if rows > _gemm.FEW_ROWS:
+        return
     xs, up = meta(tokens * choices, depth, dtype=dtype), meta(count, columns, depth, dtype=dtype)
     pre = meta(tokens * choices, columns, dtype=dtype)
     moe_experts.moe_experts_forward(xs, up, down, None, None, offsets, 6, False)
@@ -179,16 +181,16 @@ def moved(dtype, tokens=4096, columns=4096) -> None:
     position, source = meta(tokens, 2, dtype=torch.int32), meta(2 * tokens, dtype=torch.int32)
     weights = meta(tokens, 2, dtype=torch.float32)
     moe_dispatch.moe_dispatch_forward(x, source, position)
-    moe_dispatch.moe_combine_forward(xs, None, position)
     moe_dispatch.moe_combine_forward(xs, weights, position)
     moe_dispatch.moe_combine_backward(x, xs, weights, position, True, True)
 
 
-def routed(dtype, count: int, choices: int) -> None:
-    """Tokens to that many experts, by every policy, each with an option or two."""
+def routed(dtype, count: int, choices: int, policies: tuple[str, ...]) -> None:
+    """Tokens to that many experts, by each policy with an option or two."""
     logits, mask = meta(4, 512, count, dtype=dtype), meta(4, 512, dtype=torch.bool)
     bias, uniform = meta(count, dtype=torch.float32), meta(4, 512, dtype=torch.float32)
-    for policy, name in enumerate(POLICIES):
+    for name in policies:
+        policy = POLICIES.index(name)
         top_k = {"switch": 1, "gshard": 2}.get(name, choices)
         capacity, groups = (
             -1 if name == "topk_softmax" else 40,
@@ -228,9 +230,10 @@ def scenarios(arch: int, everything: bool) -> Iterator[tuple[str, bool, Callable
         for dtype in dtypes(_launch.DTYPES):
             call = lambda columns=columns, dtype=dtype: moved(dtype, columns=columns)  # noqa: E731
             yield f"moved {columns} {TYPES[dtype]}", True, call
-    for count, choices in ((8, 2), (257, 8), (1024, 8)):
+    for count, choices, policies in ((8, 2, POLICIES), (257, 8, ("sigmoid",)), (1024, 8, ("softmax_topk",))):
         for dtype in dtypes(_launch.DTYPES):
-            call = lambda count=count, choices=choices, dtype=dtype: routed(dtype, count, choices)  # noqa: E731
+            how = count, choices, policies
+            call = lambda dtype=dtype, how=how: routed(dtype, *how)  # noqa: E731
             yield f"routed to {count} {TYPES[dtype]}", False, call
     for dtype in dtypes(_launch.DTYPES):
         yield f"odd sizes {TYPES[dtype]}", False, lambda dtype=dtype: unaligned(dtype)

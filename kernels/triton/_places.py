@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # choices that are ranked together, each against each
+BLOCK, OTHERS = 128, 32  # choices that are ranked together, each against each, so many at a time
 TILES, EXPERTS = 32, 64  # of a tile of counts
 
 
@@ -31,23 +31,34 @@ def _entry(g, place, order, tokens, choices, QUEUE: tl.constexpr):
 
 
 @triton.jit
+def _experts_at(index, g, place, length, order, tokens, choices, QUEUE: tl.constexpr):
+    """The choices at these places (-1 for none), and where they are in memory."""
+    inside = place < length
+    entry = _entry(g, tl.where(inside, place, 0), order, tokens, choices, QUEUE)
+    return tl.load(index + entry, mask=inside, other=-1), entry
+
+
+@triton.jit
 def _count_kernel(
-    index, order, rank, counts, length, tiles, tokens, choices, experts, QUEUE: tl.constexpr, BLOCK: tl.constexpr
-):
+    index, order, rank, counts, length, tiles, tokens, choices, experts,
+    QUEUE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
     """The rank of each choice among those of its expert in its block, and how many each expert has in the block (where
     it has none, `counts` holds 0)."""
     g, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     place = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < length
-    entry = _entry(g, tl.where(inside, place, 0), order, tokens, choices, QUEUE)
-    expert = tl.load(index + entry, mask=inside, other=-1)
-    known = expert >= 0
-    same = (expert[:, None] == expert[None, :]) & known[:, None]
-    at = tl.arange(0, BLOCK)
-    earlier = tl.sum((same & (at[None, :] < at[:, None])).to(tl.int32), 1)
-    total = tl.sum(same.to(tl.int32), 1)
-    tl.store(rank + entry, earlier, mask=inside)
-    tl.store(counts + (g * tiles + tile) * experts + expert, total, mask=known & (earlier == total - 1))
+    expert, entry = _experts_at(index, g, place, length, order, tokens, choices, QUEUE)
+    earlier = tl.zeros((BLOCK,), tl.int32)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, BLOCK, OTHERS):
+        at = tile.to(tl.int64) * BLOCK + start + tl.arange(0, OTHERS)
+        other, _ = _experts_at(index, g, at, length, order, tokens, choices, QUEUE)
+        same = expert[:, None] == other[None, :]  # [BLOCK, OTHERS]
+        earlier += tl.sum((same & (at[None, :] < place[:, None])).to(tl.int32), 1)
+        total += tl.sum(same.to(tl.int32), 1)
+    tl.store(rank + entry, earlier, mask=place < length)
+    last = (expert >= 0) & (earlier == total - 1)
+    tl.store(counts + (g * tiles + tile) * experts + expert, total, mask=last)
 
 
 @triton.jit
@@ -75,9 +86,7 @@ def _claim_kernel(
     """Drop the choices that come after the last slot of their expert."""
     g, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     place = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < length
-    entry = _entry(g, tl.where(inside, place, 0), order, tokens, choices, True)
-    expert = tl.load(index + entry, mask=inside, other=-1)
+    expert, entry = _experts_at(index, g, place, length, order, tokens, choices, True)
     known = expert >= 0
     slot = tl.load(rank + entry, mask=known, other=0)
     slot += tl.load(before + (g * tiles + tile) * experts + expert, mask=known, other=0)
@@ -125,8 +134,9 @@ def find(index: Tensor, order: Tensor | None, groups: int, experts: int, queue: 
     counts = index.new_zeros((groups, tiles, experts))
     places = Places(torch.empty_like(index), torch.empty_like(counts), index.new_empty((groups, experts)))
     _count_kernel[(groups * tiles,)](
-        index, order, places.rank, counts, length, tiles, tokens, choices, experts, QUEUE=queue, BLOCK=BLOCK
-    )
+        index, order, places.rank, counts, length, tiles, tokens, choices, experts,
+        QUEUE=queue, BLOCK=BLOCK, OTHERS=OTHERS,
+    )  # fmt: skip
     _scan_kernel[(groups * triton.cdiv(experts, EXPERTS),)](
         counts, places.before, places.totals, tiles, experts, TILES=TILES, EXPERTS=EXPERTS
     )

@@ -31,7 +31,7 @@ _ROWS = {
 }
 CONFIGS = {
     ("hidden", 2): _ROWS,
-    ("rows", 2): _ROWS,
+    ("rows", 2): {**_ROWS, 80: (_ROWS[80][0], Config(128, 64, 64, 8, 3), _ODD)},
     ("hidden gradient", 2): _ROWS,
     ("weights", 2): {
         80: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3), _ODD),
@@ -42,7 +42,7 @@ CONFIGS = {
     ("weights", 4): dict.fromkeys((80, 90, 100), (_FP32[1], *_FP32[1:])),
 }
 #: Rows and columns of a tile where sums are over rows, or over columns; entries of a block of choices.
-BIAS_TILE, DOTS_COLUMNS, CHOICES = {"ROWS": 16, "COLUMNS": 128}, 128, 1024
+BIAS_TILE, DOTS_COLUMNS, CHOICES = {"ROWS": 16, "COLUMNS": 128}, 32, 1024
 
 
 # --- Kernels. Offsets are 64 bits wide: pointers to rows, then columns within them. ---

@@ -16,7 +16,8 @@ from .._primitives import POLICIES
 from . import _places
 from ._launch import DTYPES, check, on, power_of_two, readable
 
-ELEMENTS = 2048  # of a tile of tokens and experts: sixteen per thread
+ELEMENTS = 1024  # of a tile of tokens and experts: eight per thread
+MOST_TOKENS = 32
 PARTS = 128  # programs at most that go through the tokens of a group; what they sum is summed by another
 BLOCK = 128  # experts, or groups, that are summed together
 
@@ -358,10 +359,10 @@ def _by_expert(
 # --- Launchers: the arguments of the ops in csrc/moe_route.cpp ---
 
 
-def _tile(experts: int, elements: int) -> dict[str, int]:
+def _tile(experts: int) -> dict[str, int]:
     padded = power_of_two(experts, 16, 2**30)
-    warps = power_of_two(padded // 512, 4, 16)
-    return {"TOKENS": max(elements // padded, 1), "EXPERTS": padded, "num_warps": warps}
+    warps = power_of_two(padded // 256, 4, 16)
+    return {"TOKENS": power_of_two(ELEMENTS // padded, 1, MOST_TOKENS), "EXPERTS": padded, "num_warps": warps}
 
 
 def _check(logits: Tensor, token_mask: Tensor | None, policy: int) -> None:
@@ -463,7 +464,7 @@ def _choose(
     logits = readable(logits)
     outer, tokens, experts = logits.shape
     experts_choose = POLICIES[policy] == "expert_choice"
-    tile = _tile(experts, ELEMENTS)
+    tile = _tile(experts)
     parts = min(triton.cdiv(tokens, tile["TOKENS"]), PARTS)
 
     def fresh(*shape, dtype=torch.float32):
@@ -481,7 +482,7 @@ def _choose(
         part_load, part_score, part_z, part_count,
         tokens, experts, top_k, parts, experts // groups, *logits.stride()[:2],
         POLICY=policy, SHARES=_shares(policy, renormalize), GROUPS=groups, TOP_GROUPS=top_groups,
-        PADDED_GROUPS=power_of_two(groups, 1, 2**30), COLUMNS=power_of_two(top_k, 1, 2**30), **tile,
+        PADDED_GROUPS=power_of_two(groups, 1, 2**30), COLUMNS=power_of_two(top_k, 2, 2**30), **tile,
     )  # fmt: skip
     lonely = None
     if experts_choose:
@@ -530,7 +531,7 @@ def moe_route_backward(
     out = logits.new_empty(logits.shape)
     if out.numel() == 0:
         return out
-    logits, tile = readable(logits), _tile(experts, ELEMENTS // 2)
+    logits, tile = readable(logits), _tile(experts)
     blocks = triton.cdiv(tokens, tile["TOKENS"])
     alive = None if token_mask is None else token_mask.sum(1, dtype=torch.int32)
     with on(logits.device):

@@ -15,7 +15,7 @@ from support.tolerance import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(not backends.TRITON, reason="Triton is not installed")
 if backends.TRITON:
-    from pyext.kernels import _launch, gated_linear, glu
+    from pyext.kernels import _gemm, _launch, gated_linear, glu
 
 OP = "gated_mlp"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,7 +101,7 @@ def test_every_configuration_of_layers(architecture, dtype, monkeypatch):
     used, options = set(), gated_linear.Config.options
     monkeypatch.setattr(gated_linear.Config, "options", lambda self: used.add(self) or options(self))
     if not backends.HAS_GPU:
-        monkeypatch.setattr(gated_linear, "architecture", lambda device: architecture)
+        monkeypatch.setattr(_gemm, "architecture", lambda device: architecture)
     with backends.TRITON[0].selected():
         for n, (name, shape) in enumerate(SHAPES.items()):
             for packed, biased in ((False, True), (True, False)):

@@ -41,12 +41,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pyext.kernels import _launch, gated_linear, glu, rotary
+from pyext._primitives import POLICIES
+from pyext.kernels import _gemm, _launch, gated_linear, glu, moe_dispatch, moe_experts, moe_route, rotary
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
+    torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
+TABLES = {"gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COUNTED = {
     "HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA", "FFMA": r"\bFFMA", "spills": r"\b(?:STL|LDL)",
@@ -67,7 +70,7 @@ class Kernel:
     constants: tuple
     divisible: tuple[int, ...]
     options: tuple
-    wide: bool  # whether its accesses should be 16 bytes wide
+    wide: bool  # whether its accesses should be 16 bytes wide, if it goes through columns
 
     @property
     def label(self) -> str:
@@ -138,6 +141,7 @@ def unaligned(dtype) -> None:
     rotary.rotary_forward(x, table, table, None, False, True)
     rotary.rotary_backward(x, x, None, 2, 37, 17, True, True)
     glu.glu_forward(meta(5, 74, dtype=dtype)[:, 1:73], None, 3, False, False)
+    moved(dtype, 37, 35)
 
 
 def linear(dtype, rows: int, columns=4096, depth=4096) -> None:
@@ -147,6 +151,61 @@ def linear(dtype, rows: int, columns=4096, depth=4096) -> None:
     activation = 1 if dtype == torch.float16 else 0
     gated_linear.gated_linear_forward(x, weight, weight, bias, bias, activation, True)
     gated_linear.gated_mlp_backward(x, x, pre, weight, weight, down, activation, True, True, True, True, True)
+
+
+def experts(dtype, rows: int, columns=4096, depth=4096) -> None:
+    """Eight experts with that many rows each, of odd width or not, forward and backward: gated ones with all that they
+    may have; others, with little, of few rows."""
+    count, (tokens, choices) = 8, (4 * rows, 2)
+    x, weights = meta(tokens, depth, dtype=dtype), meta(tokens, choices, dtype=torch.float32)
+    position, source, offsets = (
+        meta(*s, dtype=torch.int32) for s in ((tokens, choices), (tokens * choices,), (count + 1,))
+    )
+    maps = weights, offsets, source, position
+    down, of_down = meta(count, depth, columns, dtype=dtype), meta(count, depth, dtype=dtype)
+    pre, up = meta(tokens * choices, 2 * columns, dtype=dtype), meta(count, 2 * columns, depth, dtype=dtype)
+    activation, of_up = 1 if dtype == torch.float16 else 0, meta(count, 2 * columns, dtype=dtype)
+    moe_experts.moe_forward(x, up, down, of_up, of_down, *maps, activation, True)
+    moe_experts.moe_backward(x, x, pre, up, down, of_down, *maps, activation, *[True] * 6)
+    if rows > _gemm.FEW_ROWS:
+        return
+    xs, up = meta(tokens * choices, depth, dtype=dtype), meta(count, columns, depth, dtype=dtype)
+    pre = meta(tokens * choices, columns, dtype=dtype)
+    moe_experts.moe_experts_forward(xs, up, down, None, None, offsets, 6, False)
+    moe_experts.moe_experts_backward(xs, xs, pre, up, down, offsets, 6, True, True, False, False, False)
+
+
+def moved(dtype, tokens=4096, columns=4096) -> None:
+    """Rows of experts from tokens and back."""
+    x, xs = meta(tokens, columns, dtype=dtype), meta(2 * tokens, columns, dtype=dtype)
+    position, source = meta(tokens, 2, dtype=torch.int32), meta(2 * tokens, dtype=torch.int32)
+    weights = meta(tokens, 2, dtype=torch.float32)
+    moe_dispatch.moe_dispatch_forward(x, source, position)
+    moe_dispatch.moe_combine_forward(xs, weights, position)
+    moe_dispatch.moe_combine_backward(x, xs, weights, position, True, True)
+
+
+def routed(dtype, count: int, choices: int, policies: tuple[str, ...]) -> None:
+    """Tokens to that many experts, by each policy with an option or two."""
+    logits, mask = meta(4, 512, count, dtype=dtype), meta(4, 512, dtype=torch.bool)
+    bias, uniform = meta(count, dtype=torch.float32), meta(4, 512, dtype=torch.float32)
+    for name in policies:
+        policy = POLICIES.index(name)
+        top_k = {"switch": 1, "gshard": 2}.get(name, choices)
+        capacity, groups = (
+            -1 if name == "topk_softmax" else 40,
+            (4, 2) if name == "sigmoid" and count % 4 == 0 else (1, 1),
+        )
+        columns = count if name == "expert_choice" else top_k
+        moe_route.moe_route_forward(
+            logits, mask if policy % 2 else None, bias if name == "sigmoid" else None,
+            uniform if name == "gshard" else None, policy, top_k, capacity, policy % 4 == 0, name == "switch", *groups,
+        )  # fmt: skip
+        weights, index = (meta(2048, columns, dtype=d) for d in (torch.float32, torch.int32))
+        loss, load = meta(1, dtype=torch.float32), meta(4, count, dtype=torch.int32)
+        moe_route.moe_route_backward(
+            weights, loss, loss, logits, mask if policy % 2 else None, index, index, load, policy, policy % 4 == 0
+        )
 
 
 def scenarios(arch: int, everything: bool) -> Iterator[tuple[str, bool, Callable[[], object]]]:
@@ -160,12 +219,22 @@ def scenarios(arch: int, everything: bool) -> Iterator[tuple[str, bool, Callable
         for dtype in dtypes(_launch.DTYPES):
             yield f"{name} {TYPES[dtype]}", wide, lambda call=call, dtype=dtype: call(dtype)
     for name, wide, sizes in (
-        ("few rows", True, (gated_linear.FEW_ROWS,)),
+        ("few rows", True, (_gemm.FEW_ROWS,)),
         ("many rows", True, (4096,)),
         ("odd sizes", False, (131, 133, 61)),
     ):
         for dtype in (torch.float32, *dtypes((torch.bfloat16, torch.float16))):
             yield f"{name} {TYPES[dtype]}", wide, lambda sizes=sizes, dtype=dtype: linear(dtype, *sizes)
+            yield f"experts, {name} {TYPES[dtype]}", wide, lambda sizes=sizes, dtype=dtype: experts(dtype, *sizes)
+    for columns in (64, 256, 1024):
+        for dtype in dtypes(_launch.DTYPES):
+            call = lambda columns=columns, dtype=dtype: moved(dtype, columns=columns)  # noqa: E731
+            yield f"moved {columns} {TYPES[dtype]}", True, call
+    for count, choices, policies in ((8, 2, POLICIES), (257, 8, ("sigmoid",)), (1024, 8, ("softmax_topk",))):
+        for dtype in dtypes(_launch.DTYPES):
+            how = count, choices, policies
+            call = lambda dtype=dtype, how=how: routed(dtype, *how)  # noqa: E731
+            yield f"routed to {count} {TYPES[dtype]}", False, call
     for dtype in dtypes(_launch.DTYPES):
         yield f"odd sizes {TYPES[dtype]}", False, lambda dtype=dtype: unaligned(dtype)
 
@@ -182,12 +251,12 @@ def record(arch: int, everything: bool) -> list[Kernel]:
 
     stock, JITFunction.run = JITFunction.run, run
     of_device = _launch.architecture
-    gated_linear.architecture = lambda device: arch
+    _gemm.architecture = lambda device: arch
     try:
         for scenario, wide, call in scenarios(arch, everything):  # noqa: B007  (`run` reads them)
             call()
     finally:
-        JITFunction.run, gated_linear.architecture = stock, of_device
+        JITFunction.run, _gemm.architecture = stock, of_device
     return list(found.values())
 
 
@@ -195,8 +264,9 @@ def missing(arch: int, kernels: list[Kernel]) -> list[str]:
     """The configurations of the tables that none of these kernels has."""
     used = {frozenset({**dict(k.constants), **dict(k.options)}.items()) for k in kernels}
     return [
-        f"sm_{arch} {kind}: {config}"
-        for kind, table in gated_linear.CONFIGS.items()
+        f"sm_{arch} {module} {kind}: {config}"
+        for module, configurations in TABLES.items()
+        for kind, table in configurations.items()
         for config in table[arch]
         if not any(config.options().items() <= items for items in used)
     ]
@@ -215,6 +285,9 @@ def specialised(function: JITFunction, args, options: dict, arch: int, scenario:
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             address = value.storage_offset() * value.element_size()
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+            continue
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             address = value
@@ -273,7 +346,8 @@ def faults(report: Report, local: int) -> Iterator[str]:
         yield f"shared memory above {SHARED_LIMIT[kernel.arch]}"
     if not (counts["loads"] and counts["stores"]):
         yield "a stub: it loads or stores nothing"
-    if kernel.wide and not counts["wide"]:
+    tiled = {"COLUMNS", "PAIRS"} & dict(kernel.constants).keys()
+    if kernel.wide and tiled and not counts["wide"]:
         yield "no access of 16 bytes"
     unit = matrix_unit(kernel)
     if unit and not counts[unit]:
@@ -285,7 +359,7 @@ def matrix_unit(kernel: Kernel) -> str | None:
     constants = dict(kernel.constants)
     if "DEPTH" not in constants:
         return None
-    if "*fp32" in dict(kernel.signature).values():
+    if not {"*bf16", "*fp16"} & set(dict(kernel.signature).values()):
         return "FFMA"
     return {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[kernel.arch] if constants["ROWS"] >= 64 else "HMMA"
 

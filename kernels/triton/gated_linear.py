@@ -4,40 +4,18 @@ activation in its epilogue; and the backward, whose first GEMM has the backward 
 The products that give the gradients of weights, and others that need nothing fused, are torch's (cuBLAS on a GPU).
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._primitives import ACTIVATIONS
-from ._launch import DTYPES, architecture, check, on, readable
+from ._gemm import BAND, Config, accumulate, accumulate_pair, choose, place
+from ._launch import DTYPES, check, on, readable
 from .glu import activation, glu_backward
 
-
-class Config(NamedTuple):
-    """The tile of a program and how it is run. A program computes ROWS x COLUMNS results, DEPTH terms at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        return {
-            "ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth,
-            "num_warps": self.warps, "num_stages": self.stages,
-        }  # fmt: skip
-
-
-FEW_ROWS = 32
-#: (kernel, element size) -> architecture -> configurations for
-#:   at most FEW_ROWS rows: such calls are bound by reading the weights;
-#:   many rows, where everything is a multiple of 16 elements and so can be read in pieces of 16 bytes;
-#:   many rows, where it is not: single elements need more registers, which a smaller tile leaves.
-#: The forward has two accumulators. fp32 has no matrix units: its products are exact.
+#: (kernel, element size) -> architecture -> configurations for `choose`. The forward has two accumulators. fp32
+#: has no matrix units: its products are exact.
 _FP32 = (Config(16, 32, 32, 4, 3), Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 2))
 CONFIGS = {
     ("forward", 2): {
@@ -53,7 +31,6 @@ CONFIGS = {
     ("forward", 4): dict.fromkeys((80, 90, 100), _FP32),
     ("backward", 4): dict.fromkeys((80, 90, 100), _FP32),
 }
-BAND = 8  # blocks of rows that go through all columns together, so that what they read stays in the L2 cache
 
 
 # --- Kernels. Offsets are 64 bits wide: pointers to rows, then columns within them. ---
@@ -61,31 +38,9 @@ BAND = 8  # blocks of rows that go through all columns together, so that what th
 
 @triton.jit
 def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
-    """The rows and columns of this program: BAND blocks of rows by all blocks of columns, then the next."""
-    program = tl.program_id(0)
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    first = program // (BAND * across) * BAND
-    height = tl.minimum(down - first, BAND)
-    within = program % (BAND * across)
-    row = (first + within % height).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = within // height * COLUMNS + tl.arange(0, COLUMNS)
-    return row, column
-
-
-@triton.jit
-def _accumulate(sum, a, b, b_row, row_inside, column_inside, depth, DEPTH: tl.constexpr):
-    """sum + a b for pointers to the rows of a [ROWS, 1] and to the columns of b [1, COLUMNS]. # [ROWS, COLUMNS]"""
-    k = tl.arange(0, DEPTH)
-    a += k[None, :]
-    b += k.to(tl.int64)[:, None] * b_row
-    for start in range(0, depth, DEPTH):
-        inside = k < depth - start
-        x = tl.load(a, mask=row_inside & inside[None, :], other=0.0)
-        y = tl.load(b, mask=inside[:, None] & column_inside, other=0.0)
-        sum = tl.dot(x, y, sum, input_precision="ieee")
-        a += DEPTH
-        b += DEPTH * b_row
-    return sum
+    """The rows and columns of this program."""
+    down, across = place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), BAND)
+    return down.to(tl.int64) * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
@@ -97,22 +52,12 @@ def _forward_kernel(
     """out = act(x w_gate^T + b_gate) * (x w_up^T + b_up), and pre both sums side by side, if it is given."""
     row, column = _place(rows, columns, ROWS, COLUMNS, BAND)
     row_inside, column_inside = (row < rows)[:, None], (column < columns)[None, :]
-    k = tl.arange(0, DEPTH)
-    x += (row * x_row)[:, None] + k[None, :]
-    w_gate += (column.to(tl.int64) * gate_row)[None, :] + k[:, None]
-    w_up += (column.to(tl.int64) * up_row)[None, :] + k[:, None]
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, depth, DEPTH):
-        inside = k < depth - start
-        a = tl.load(x, mask=row_inside & inside[None, :], other=0.0)  # [ROWS, DEPTH]
-        g = tl.load(w_gate, mask=inside[:, None] & column_inside, other=0.0)  # [DEPTH, COLUMNS]
-        u = tl.load(w_up, mask=inside[:, None] & column_inside, other=0.0)
-        gate = tl.dot(a, g, gate, input_precision="ieee")
-        up = tl.dot(a, u, up, input_precision="ieee")
-        x += DEPTH
-        w_gate += DEPTH
-        w_up += DEPTH
+    x += (row * x_row)[:, None]
+    w_gate += (column.to(tl.int64) * gate_row)[None, :]
+    w_up += (column.to(tl.int64) * up_row)[None, :]
+    gate, up = accumulate_pair(gate, up, x, w_gate, w_up, row_inside, column_inside, depth, DEPTH)
     if b_gate is not None:
         gate += tl.load(b_gate + column[None, :], mask=column_inside, other=0.0).to(tl.float32)
     if b_up is not None:
@@ -139,7 +84,7 @@ def _hidden_gradient_kernel(
     row_inside, column_inside = (row < rows)[:, None], (column < columns)[None, :]
     d = tl.zeros((ROWS, COLUMNS), tl.float32)
     grad += (row * grad_row)[:, None]
-    d = _accumulate(d, grad, w_down + column[None, :], down_row, row_inside, column_inside, depth, DEPTH)
+    d = accumulate(d, grad, w_down + column[None, :], down_row, row_inside, column_inside, depth, DEPTH)
     valid = row_inside & column_inside
     from_pair = pre + (row * (2 * columns))[:, None] + column[None, :]
     to_pair = grad_pre + (row * (2 * columns))[:, None] + column[None, :]
@@ -164,8 +109,8 @@ def _input_gradient_kernel(
     row_inside, column_inside = (row < rows)[:, None], (column < columns)[None, :]
     sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     a = grad_pre + (row * (2 * depth))[:, None]
-    sum = _accumulate(sum, a, w_gate + column[None, :], gate_row, row_inside, column_inside, depth, DEPTH)
-    sum = _accumulate(sum, a + depth, w_up + column[None, :], up_row, row_inside, column_inside, depth, DEPTH)
+    sum = accumulate(sum, a, w_gate + column[None, :], gate_row, row_inside, column_inside, depth, DEPTH)
+    sum = accumulate(sum, a + depth, w_up + column[None, :], up_row, row_inside, column_inside, depth, DEPTH)
     at = grad_x + (row * columns)[:, None] + column[None, :]
     tl.store(at, sum.to(grad_x.dtype.element_ty), mask=row_inside & column_inside)
 
@@ -175,10 +120,7 @@ def _input_gradient_kernel(
 
 def _launch(kernel, kind: str, tensors: tuple, rows: int, columns: int, depth: int, strides: tuple, **flags) -> None:
     first = tensors[0]
-    few, aligned, odd = CONFIGS[kind, first.element_size()][architecture(first.device)]
-    addresses = (t.data_ptr() for t in tensors if t is not None)
-    multiples = all(number % 16 == 0 for number in (columns, depth, *strides, *addresses))
-    config = few if rows <= FEW_ROWS else aligned if multiples else odd
+    config = choose(CONFIGS[kind, first.element_size()], rows, tensors, (columns, depth, *strides))
     grid = (triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)
     with on(first.device):
         kernel[grid](*tensors, rows, columns, depth, *strides, BAND=BAND, **flags, **config.options())

@@ -178,8 +178,8 @@ class _CombineBackward(torch.autograd.Function):
 
 
 for _function, _prepare in ((dispatch, _prepare_dispatch), (combine, _prepare_combine)):
-    _dispatch.register(_function, _prepare, ("cuda", "cpu"), f"moe.{_function.__name__}")
+    _dispatch.register(_function, _prepare, ("cuda", "cpu", "triton"), f"moe.{_function.__name__}")
 if _native.module() is not None:
-    _register.register("moe_dispatch_forward", _dispatch_fake, _Dispatch.apply)
-    _register.register("moe_combine_forward", _combine_fake, _Combine.apply)
-    _register.register("moe_combine_backward", _combine_backward_fake, _CombineBackward.apply)
+    _register.register("moe_dispatch_forward", _dispatch_fake, _Dispatch.apply, "moe_dispatch")
+    _register.register("moe_combine_forward", _combine_fake, _Combine.apply, "moe_dispatch")
+    _register.register("moe_combine_backward", _combine_backward_fake, _CombineBackward.apply, "moe_dispatch")

@@ -242,7 +242,7 @@ class _Route(torch.autograd.Function):
         return None, None, found, *nothing[2:]
 
 
-_dispatch.register(route, _prepare, ("cuda", "cpu"), "moe.route")
+_dispatch.register(route, _prepare, ("cuda", "cpu", "triton"), "moe.route")
 if _native.module() is not None:
-    _register.register("moe_route_forward", _forward_fake, _Route.apply)
-    _register.register("moe_route_backward", _backward_fake, _register.once_differentiable("moe.route"))
+    _register.register("moe_route_forward", _forward_fake, _Route.apply, "moe_route")
+    _register.register("moe_route_backward", _backward_fake, _register.once_differentiable("moe.route"), "moe_route")

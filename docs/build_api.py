@@ -6,7 +6,9 @@ Needs the extra `docs`. Exit code 0 if every link within the pages leads somewhe
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import inspect
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,12 +36,11 @@ def build(out: Path) -> None:
 
 
 def public_names(module) -> list[str]:
-    """What a module without `__all__` offers: its own names, and those that it re-exports from this package."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith("pyext")
-    ]
+    """What a module without `__all__` offers: what it defines, and what it imports `as` the same name."""
+    imports = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ImportFrom)]
+    exported = [alias.name for node in imports for alias in node.names if alias.asname == alias.name]
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return [name for name in (*exported, *defined) if not name.startswith("_")]
 
 
 class _Page(HTMLParser):

@@ -9,16 +9,17 @@ import argparse
 import ast
 import importlib
 import inspect
+import pkgutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What users import, in the order of the pages.
+#: What users import, besides what is in `pyext.integrations`.
 MODULES = (
     "pyext", "pyext.bias", "pyext.masks", "pyext.moe", "pyext.nn", "pyext.distributed", "pyext.flash_attn_interface",
-    "pyext.bert_padding", "pyext.integrations", "pyext.integrations.diffusers",
+    "pyext.bert_padding", "pyext.integrations",
 )  # fmt: skip
 
 
@@ -27,12 +28,15 @@ def build(out: Path) -> None:
     import pdoc
 
     modules = [importlib.import_module(name) for name in MODULES]
+    inside = pkgutil.iter_modules(modules[-1].__path__, f"{modules[-1].__name__}.")
+    modules += [importlib.import_module(found.name) for found in inside]
     for module in modules:
         if not hasattr(module, "__all__"):
             module.__all__ = public_names(module)
     pdoc.render.configure(docformat="google", show_source=False, footer_text=f"pyext {modules[0].__version__}")
     listed = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}  # pdoc goes there by itself
-    pdoc.pdoc(*(name for name in MODULES if name not in listed), output_directory=out)
+    names = (module.__name__ for module in modules)
+    pdoc.pdoc(*(name for name in names if name not in listed), output_directory=out)
 
 
 def public_names(module) -> list[str]:

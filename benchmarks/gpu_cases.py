@@ -1,4 +1,4 @@
-"""The cases of a GPU: gated units, rotary, gated layers, mixtures of experts. Timed by its own clock, in one loop.
+"""The cases that run on a GPU: gated units and layers, rotary, mixtures of experts; timed by its clock, in one loop.
 
 What streams is held against `copy_` of as many bytes, what multiplies against cuBLAS (`torch.mm`) of as many flops;
 both are measured in the same loop. Before every call the L2 cache is overwritten, as between the layers of a model.

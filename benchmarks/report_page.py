@@ -17,7 +17,8 @@ DTYPES = ("fp32", "bf16")
 
 def write(data: dict, folder: Path) -> None:
     """report.md and its pictures."""
-    parts = [_head(data), _lengths(data, folder), _memory(data, folder), _floors(data, folder), _speedups(data)]
+    sections = (_families, _lengths, _memory, _floors, _speedups)
+    parts = [_head(data), *(section(data, folder) for section in sections)]
     (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -58,6 +59,43 @@ def _section(title: str, intro: str, table: str | None, picture: str | None = No
         return f"## {title}\n\n{intro}\n\nThe stored results hold no case of it yet.\n"
     image = f"![{title}]({picture})\n\n" if picture else ""
     return f"## {title}\n\n{intro}\n\n{image}{table}\n"
+
+
+# --- Model families ---
+
+
+def _families(data: dict, folder: Path) -> str:
+    """Cases are named `systems/<family>/<batch>x<tokens>/<dtype>`."""
+    title = "Model families"
+    intro = "One layer of base size, forward and backward: tokens per second, patched and as published."
+    cases = [(re.match(r"systems/(.+)/(\d+)x(\d+)/", r["name"]), r) for r in data["results"] if r["times"]]
+    speeds = {
+        (found[1], r["dtype"]): {
+            who: int(found[2]) * int(found[3]) / t["median_ms"] * 1e3 for who, t in r["times"].items()
+        }
+        for found, r in cases
+        if found
+    }
+    if not speeds:
+        return _section(title, intro, None)
+    others = ("eager", "SDPA")
+    rows = []
+    for (family, dtype), speed in speeds.items():
+        rates = [f"{speed[who]:,.0f}" if who in speed else "-" for who in ("pyext", *others)]
+        ratios = [f"{speed['pyext'] / speed[who]:.2f}" if who in speed else "-" for who in others]
+        rows.append([family, dtype, *rates, *ratios])
+
+    def draw(axes):
+        names = list(dict.fromkeys(family for family, _ in speeds))[::-1]
+        for offset, dtype, colour in ((0.2, "fp32", OWN), (-0.2, "bf16", PEER)):
+            shown = [(i, speeds[name, dtype]) for i, name in enumerate(names) if (name, dtype) in speeds]
+            ratios = [speed["pyext"] / speed["eager"] for _, speed in shown]
+            axes[0].barh([i + offset for i, _ in shown], ratios, 0.38, color=colour, label=dtype)
+        _bars(axes[0], names, 1, "times as fast as eager")
+
+    _picture(folder / "report_families.png", 1, draw, height=1 + 0.35 * len(speeds) / 2)
+    head = ["family", "dtype", "pyext", "eager", "SDPA", "to eager", "to SDPA"]
+    return _section(title, intro, _table(head, rows), "report_families.png")
 
 
 # --- Against the length ---
@@ -137,18 +175,14 @@ def _floors(data: dict, folder: Path) -> str:
             found = [(i, shares[name, dtype]) for i, name in enumerate(names) if (name, dtype) in shares]
             places, heights = [i + offset for i, _ in found], [statistics.median(x) for _, x in found]
             axes[0].barh(places, heights, 0.38, color=colour, label=dtype)
-        axes[0].set_yticks(range(len(names)), names, fontsize=8)
-        axes[0].axvline(100, color="grey", linestyle="--", linewidth=0.8)
-        axes[0].set_xlabel("% of the floor", fontsize=8)
-        axes[0].legend(fontsize=8, frameon=False)
-        axes[0].spines[["top", "right"]].set_visible(False)
+        _bars(axes[0], names, 100, "% of the floor")
 
     _picture(folder / "report_floor.png", 1, draw, height=1 + 0.35 * len(shares) / 2)
     table = _table(["op: group", "dtype", "cases", "median", "from"], rows)
     return _section(title, intro, table, "report_floor.png")
 
 
-def _speedups(data: dict) -> str:
+def _speedups(data: dict, folder: Path) -> str:
     title, intro = "Against others", "Times as fast, geometric mean over the cases, least and most."
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for result in data["results"]:
@@ -197,4 +231,13 @@ def _axes(axis, title: str, unit: str) -> None:
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(axis, names: list[str], mark: float, unit: str) -> None:
+    """The names of horizontal bars, and a line at the value that they are held against."""
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.axvline(mark, color="grey", linestyle="--", linewidth=0.8)
+    axis.set_xlabel(unit, fontsize=8)
+    axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -6,17 +6,20 @@ Needs the extra `docs`. Exit code 0 if every link within the pages leads somewhe
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import inspect
+import pkgutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What users import, in the order of the pages.
+#: What users import, besides what is in `pyext.integrations`.
 MODULES = (
     "pyext", "pyext.bias", "pyext.masks", "pyext.moe", "pyext.nn", "pyext.distributed", "pyext.flash_attn_interface",
-    "pyext.bert_padding", "pyext.integrations", "pyext.integrations.diffusers",
+    "pyext.bert_padding", "pyext.integrations",
 )  # fmt: skip
 
 
@@ -25,21 +28,23 @@ def build(out: Path) -> None:
     import pdoc
 
     modules = [importlib.import_module(name) for name in MODULES]
+    inside = pkgutil.iter_modules(modules[-1].__path__, f"{modules[-1].__name__}.")
+    modules += [importlib.import_module(found.name) for found in inside]
     for module in modules:
         if not hasattr(module, "__all__"):
             module.__all__ = public_names(module)
     pdoc.render.configure(docformat="google", show_source=False, footer_text=f"pyext {modules[0].__version__}")
     listed = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}  # pdoc goes there by itself
-    pdoc.pdoc(*(name for name in MODULES if name not in listed), output_directory=out)
+    names = (module.__name__ for module in modules)
+    pdoc.pdoc(*(name for name in names if name not in listed), output_directory=out)
 
 
 def public_names(module) -> list[str]:
-    """What a module without `__all__` offers: its own names, and those that it re-exports from this package."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith("pyext")
-    ]
+    """What a module without `__all__` offers: what it defines, and what it imports `as` the same name."""
+    imports = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ImportFrom)]
+    exported = [alias.name for node in imports for alias in node.names if alias.asname == alias.name]
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return [name for name in (*exported, *defined) if not name.startswith("_")]
 
 
 class _Page(HTMLParser):

@@ -28,19 +28,15 @@ within 3e-3, t5 within 3e-2. Longer runs drift further apart, training being cha
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-import statistics
-import sysconfig
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from side_by_side import Run, arguments, checked, corpus, pieces, side_by_side
 from torch import nn
-from tqdm import tqdm
 
 import pyext
 
@@ -249,23 +245,6 @@ class Model(nn.Module):
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
-def corpus() -> tuple[torch.Tensor, torch.Tensor]:
-    """(train, validation): the bytes of the standard library's sources, without its tests; each 20th file validates.
-
-    Files are taken in the order of their paths, so that every run on one Python reads the same text.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-    paths = (path.relative_to(root) for path in root.rglob("*.py"))
-    files = sorted(path.as_posix() for path in paths if not skipped & set(path.parts))
-    if not files:
-        raise FileNotFoundError(f"no Python sources under {root}: is the standard library installed as a zip file?")
-    parts = [[], []]
-    for i, name in enumerate(files):
-        parts[i % 20 == 19].append((root / name).read_bytes())
-    return tuple(torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8).long() for part in parts)
-
-
 @dataclass
 class Batch:
     """inputs, targets (B, L); before (B, L), what T5's encoder reads; lengths (B,), BERT's bytes before the padding."""
@@ -283,15 +262,10 @@ class Batch:
 
 
 def batches(text: torch.Tensor, config: Config, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless random pieces of the text, the same ones for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Endless batches from random pieces of the text, the same ones for the same seed."""
     length = config.length
-    span = 2 * length if config.arch == "t5" else length + 1
-    if len(text) <= span:
-        raise ValueError(f"--length must leave room in {len(text)} bytes of text, got {length}")
-    while True:
-        start = torch.randint(len(text) - span, (batch_size, 1), generator=generator)
-        piece = text[start + torch.arange(span)]
+    generator = torch.Generator().manual_seed(seed)
+    for piece in pieces(text, 2 * length if config.arch == "t5" else length + 1, batch_size, generator):
         if config.arch == "bert":
             yield masked(piece[:, :length], generator)
         else:
@@ -313,166 +287,31 @@ def masked(piece: torch.Tensor, generator: torch.Generator) -> Batch:
     return Batch(inputs.where(real, PAD), piece.where(chosen, IGNORE), lengths=lengths)
 
 
-# --- Training -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """One of the two models with its optimiser and what it has measured so far."""
-
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)  # tokens per second, step by step
-    validation: float = math.nan
-
-    @property
-    def speed(self) -> float:
-        """Median tokens per second; the first two steps (allocation, compilation) do not count."""
-        return statistics.median(self.rates[2:] or self.rates)
-
-
-def make_runs(config: Config, learning_rate: float, seed: int, compiled: bool) -> list[Run]:
-    torch.manual_seed(seed)
-    first = Model(config, PyextAttention())
-    runs = []
-    for attend in (PyextAttention(), TorchAttention()):
-        model = copy.deepcopy(first)
-        for module in model.modules():
-            if hasattr(module, "attend"):
-                module.attend = attend
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-        runs.append(Run(attend.name, torch.compile(model) if compiled else model, optimizer))
-    return runs
-
-
-def step(run: Run, batch: Batch, learning_rate: float, dtype: torch.dtype) -> None:
-    start = time.perf_counter()
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = run.model(batch)
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.losses.append(loss.item())
-    run.rates.append(batch.tokens / (time.perf_counter() - start))
-
-
-def train(runs: list[Run], stream: Iterator[Batch], steps: int, learning_rate: float, dtype: torch.dtype) -> None:
-    """Alternating steps; the order within a step alternates too, so that neither always finds the other's caches."""
-    warm_up = max(1, steps // 10)
-    with tqdm(total=steps, unit="step", disable=None) as bar:
-        for i in range(steps):
-            rate = learning_rate * min((i + 1) / warm_up, 1.0) * (1 - 0.9 * i / steps)
-            batch = next(stream)
-            for run in runs if i % 2 == 0 else reversed(runs):
-                step(run, batch, rate, dtype)
-            texts = (f"{run.name} {run.losses[-1]:.3f} {run.speed:,.0f} tok/s" for run in runs)
-            bar.set_postfix_str(" | ".join(texts))
-            bar.update()
-
-
-def validate(runs: list[Run], stream: Iterator[Batch], dtype: torch.dtype, count: int = 4) -> None:
-    held_out = [next(stream) for _ in range(count)]
-    for run in runs:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            run.validation = statistics.mean(run.model(batch).item() for batch in held_out)
-
-
-# --- The report -----------------------------------------------------------------------------------------------------
-
-
-def apart(runs: list[Run]) -> tuple[float, float]:
-    """(largest, mean) difference of the two loss curves, in nats per byte."""
-    gaps = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
-    return max(gaps), statistics.mean(gaps)
-
-
-def report(runs: list[Run], args: argparse.Namespace) -> None:
-    largest, mean = apart(runs)
-    for run in runs:
-        print(
-            f"{run.name:8s} {run.speed:10,.0f} tokens/s   loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f}, "
-            f"validation {run.validation:.4f} nats/byte"
-        )
-    print(f"pyext trains {runs[0].speed / runs[1].speed:.2f} times as fast as PyTorch ({args.arch}, {args.dtype}).")
-    print(f"Loss curves: {largest:.1e} apart at most, {mean:.1e} on average, over {args.steps} steps.")
-    print(f"Picture: {args.out}")
-
-
-def draw(runs: list[Run], args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1))
-    styles = {"color": "#1f6f8b", "linewidth": 3.5, "alpha": 0.6}, {"color": "black", "linewidth": 1}
-    for run, style in zip(runs, styles, strict=True):
-        top.plot(run.losses, label=f"{run.name}: {run.speed:,.0f} tokens/s", **style)
-    top.set_ylabel("loss, nats per byte")
-    top.set_title(
-        f"{args.arch}, {args.dtype}: {args.layers} layers of width {args.width}, length {args.length}, "
-        f"{args.threads} thread(s)",
-        fontsize=10,
-    )
-    top.legend(frameon=False)
-    gaps = [max(abs(a - b), 1e-9) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
-    bottom.semilogy(gaps, color="grey", linewidth=1)
-    bottom.set_ylabel("|difference|")
-    bottom.set_xlabel("step")
-    figure.tight_layout()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110)
-    plt.close(figure)
+# --- Command line ---------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=("t5", "bloom", "gpt2", "bert"), default="t5")
-    parser.add_argument("--quick", action="store_true", help="fewer steps: about a minute")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default 120, quick 24)")
-    parser.add_argument("--batch", type=int, default=2, help="texts per step")
     parser.add_argument("--length", type=int, default=1024, help="bytes per text")
-    parser.add_argument("--layers", type=int, help="layers per stack (default 4; quick, or T5's two stacks: 2)")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast, weights in fp32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="the picture (default train_lm_<arch>.png)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both models")
     args = parser.parse_args(argv)
-    args.steps = args.steps or (24 if args.quick else 120)
-    args.layers = args.layers or (2 if args.quick or args.arch == "t5" else 4)
+    if args.layers is None and args.arch == "t5":
+        args.layers = 2  # it has two stacks
+    checked(parser, args, ("length",))
     args.out = args.out or Path(f"train_lm_{args.arch}.png")
-    for name in ("steps", "batch", "length", "layers", "width", "heads", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.width % args.heads:
-        parser.error(f"--width must be a multiple of --heads, got {args.width} and {args.heads}")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[Run]:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     config = Config(args.arch, args.layers, args.width, args.heads, args.length)
-    text, held_out = corpus()
-    runs = make_runs(config, args.learning_rate, args.seed, args.compile)
-    parameters = sum(p.numel() for p in runs[0].model.parameters())
-    size, threads = f"{len(text) / 1e6:.1f} MB of text", f"{args.threads} thread(s)"
-    print(f"{args.arch}: {parameters / 1e6:.1f} M parameters, {size}, {threads}")
-    train(runs, batches(text, config, args.batch, args.seed), args.steps, args.learning_rate, dtype)
-    validate(runs, batches(held_out, config, args.batch, args.seed + 1), dtype)
-    draw(runs, args)
-    report(runs, args)
-    return runs
+    torch.manual_seed(args.seed)
+    model = Model(config, PyextAttention())
+    streams = (batches(part, config, args.batch, args.seed + n) for n, part in enumerate(corpus()))
+    return side_by_side(
+        model, (PyextAttention(), TorchAttention()), *streams, f"{args.arch}, {args.length} bytes", args
+    )
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from side_by_side import corpus
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from train_lm import VOCABULARY, Batch, Config, batches, corpus
+from train_lm import VOCABULARY, Batch, Config, batches
 
 import pyext
 from pyext.distributed import ExpertParallel, clip_grad_norm_, context_parallel_attention, expert_parameters

@@ -351,9 +351,14 @@ def test_report_page(tmp_path):
     memory = {"memory_above_the_inputs": 10.0, "memory_of_SDPA": 70.0}
     entries += [result("length/memory/1x8x512x64/bf16", **memory)]
     entries += [result("memory/1x8x16384x64/bf16", memory_above_the_inputs=99.0)]
+    entries += [result(f"systems/t5/2x512/{dtype}") for dtype in ("fp32", "bf16")]
+    entries[-1]["times"]["eager"] = {**entries[-1]["times"]["SDPA"], "median_ms": 4.0}
+    entries[-2]["times"]["eager"] = entries[-2]["times"].pop("SDPA")
     report_page.write(results(*entries), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for row in (
+        "| t5 | fp32 | 1,024,000 | 341,333 | - | 3.00 | - |",
+        "| t5 | bf16 | 1,024,000 | 256,000 | 341,333 | 4.00 | 3.00 |",
         "| 1024 | bf16 | 1.00 | 3.00 | 3.00 |",
         "| 512 | 10 | 70 |",
         "| 16384 | 99 | - |",
@@ -361,10 +366,10 @@ def test_report_page(tmp_path):
         "| attention: length | SDPA | bf16 | 2 | 3.00 | 3.00 to 3.00 |",
     ):
         assert row in text
-    for name in ("speed", "memory", "floor"):
+    for name in ("families", "speed", "memory", "floor"):
         assert 0 < (tmp_path / f"report_{name}.png").stat().st_size < 100_000 and f"(report_{name}.png)" in text
     report_page.write(results(), tmp_path)
-    assert (tmp_path / "report.md").read_text(encoding="utf-8").count("hold no case of it yet") == 4
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").count("hold no case of it yet") == 5
 
 
 def test_length_cases_are_right(monkeypatch):

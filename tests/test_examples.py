@@ -1,6 +1,6 @@
-"""The training examples: some steps of every architecture; both models stay together. No timing is asserted."""
+"""The examples: some steps of every architecture; both models stay together. No timing is asserted."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -15,26 +15,32 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SMALL = ["--steps", "3", "--batch", "2", "--length", "48", "--layers", "2", "--width", "32", "--heads", "4"]
+TINY = ["--steps", "3", "--batch", "2", "--layers", "2", "--width", "32", "--heads", "4", "--threads", "1"]
+SMALL = [*TINY, "--length", "48"]
 
 
-def loaded(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def module_of(name: str):
+    """An example as a module; what it imports from beside itself is found as when it is run."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return module_of("side_by_side")
 
 
 @pytest.fixture(scope="module")
 def example():
-    yield from loaded("train_lm")
+    return module_of("train_lm")
 
 
 @pytest.fixture(scope="module")
-def parallel(example):  # which it imports
-    yield from loaded("train_parallel")
+def parallel():
+    return module_of("train_parallel")
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +52,12 @@ def same_threads():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("arch", ["t5", "bloom", "gpt2", "bert"])
-def test_three_steps(example, arch, dtype, tmp_path, capsys):
+def test_three_steps(example, shared, arch, dtype, tmp_path, capsys):
     picture = tmp_path / "curves.png"
-    runs = example.main([*SMALL, "--arch", arch, "--dtype", dtype, "--threads", "1", "--out", str(picture)])
+    runs = example.main([*SMALL, "--arch", arch, "--dtype", dtype, "--out", str(picture)])
     assert [run.name for run in runs] == ["pyext", "PyTorch"]
     assert all(len(run.losses) == 3 for run in runs)
-    largest, mean = example.apart(runs)
+    largest, mean = shared.apart(runs)
     assert mean <= largest <= (1e-4 if dtype == "fp32" else 5e-2)
     assert all(4 < run.losses[0] < 8 for run in runs)  # log 258 = 5.55: nothing has been learned yet
     assert runs[0].losses[-1] < runs[0].losses[0]
@@ -62,11 +68,12 @@ def test_three_steps(example, arch, dtype, tmp_path, capsys):
     assert "apart at most" in printed
 
 
-def test_gradients_reach_t5_tables(example):
+def test_gradients_reach_t5_tables(example, shared):
     config = example.Config("t5", layers=2, width=32, heads=4, length=40)
     torch.manual_seed(1)
     batch = next(example.batches(torch.arange(1000) % 256, config, 2, seed=3))
-    for run in example.make_runs(config, 1e-3, 0, compiled=False):
+    attends = example.PyextAttention(), example.TorchAttention()
+    for run in shared.make_runs(example.Model(config, attends[0]), attends, 1e-3, compiled=False):
         run.model(batch).backward()
         for stack in (run.model.encoder, run.model.stack):
             assert stack.table.grad.abs().max() > 0
@@ -90,8 +97,8 @@ def test_batches_repeat_and_hide(example):
     assert batch.tokens == 2 * 3 * 64
 
 
-def test_corpus_is_python(example):
-    train, held_out = example.corpus()
+def test_corpus_is_python(shared):
+    train, held_out = shared.corpus()
     assert len(train) > 10 * len(held_out) > 100_000
     assert b"import " in bytes(train[:100_000].to(torch.uint8).tolist())
 
@@ -107,6 +114,60 @@ def test_text_too_short(example):
     config = example.Config("gpt2", 1, 8, 1, 64)
     with pytest.raises(ValueError, match="--length"):
         next(example.batches(torch.zeros(64, dtype=torch.long), config, 1, 0))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name, options", [("xlnet", ["--length", "48"]), ("dalle", ["--side", "14"])])
+def test_the_other_examples(shared, name, options, dtype, tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    runs = module_of(name).main([*TINY, *options, "--dtype", dtype, "--out", str(picture)])
+    assert [run.name for run in runs] == ["pyext", "PyTorch"]
+    largest, mean = shared.apart(runs)
+    limit = 1e-4 if dtype == "fp32" else 5e-2
+    assert mean <= largest <= limit and abs(runs[0].validation - runs[1].validation) <= limit
+    assert all(4 < run.losses[0] < 8 and len(run.losses) == 3 for run in runs)
+    assert 0 < picture.stat().st_size < 150_000 and "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["xlnet", "dalle"])
+def test_gradients_agree(shared, name):
+    """Of every parameter, in fp64 and with more than one batch row."""
+    module = module_of(name)
+    torch.manual_seed(1)
+    if name == "xlnet":
+        config = module.Config(layers=2, width=16, heads=2, length=30)
+        batch = next(module.batches(torch.arange(1000) % 256, config, 2, seed=3))
+    else:
+        config = module.Config(layers=3, width=16, heads=2, side=13)
+        batch = next(module.batches(13, 2, seed=3))
+    attends = module.PyextAttention(), module.TorchAttention()
+    model = module.Model(config, attends[0]).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    gradients = []
+    for run in shared.make_runs(model, attends, 1e-3, compiled=False):
+        run.model(batch).backward()
+        gradients.append({key: p.grad for key, p in run.model.named_parameters()})
+    for key, wanted in gradients[1].items():
+        torch.testing.assert_close(gradients[0][key], wanted, rtol=1e-6, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_images_are_what_their_captions_say():
+    dalle = module_of("dalle")
+    tokens = next(dalle.batches(20, 3, seed=5)).tokens_in_order
+    for row in tokens:
+        caption = bytes(row[: dalle.TEXT].tolist()).decode().rstrip()
+        figures, _, ground = caption.rpartition(" on ")
+        image = [dalle.COLOURS[token - 256] for token in row[dalle.TEXT :].tolist()]
+        named = {figure.split()[0] for figure in figures.split(", ")} | {ground}
+        assert set(image) == named and image[0] == ground
+
+
+@pytest.mark.parametrize("name, bad", [("xlnet", ["--length", "3"]), ("dalle", ["--side", "0"])])
+def test_bad_sizes(name, bad, capsys):
+    with pytest.raises(SystemExit):
+        module_of(name).main([*TINY, *bad])
+    assert bad[0] in capsys.readouterr().err
 
 
 FEW = ["--steps", "3", "--length", "64", "--width", "32", "--batch", "3", "--experts", "5"]

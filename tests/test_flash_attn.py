@@ -87,13 +87,13 @@ def with_slopes(leaves, options):
 
 @pytest.mark.parametrize("sizes", [(2, 13, 13), (3, 5, 19), (2, 17, 6), (1, 1, 40), (2, 3, 0), (0, 4, 4)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_padded(name, sizes, backend):
+def test_padded(name, sizes, fp64_backend):
     batch, queries, keys = sizes
-    dtype = backend.widest
+    dtype = torch.float64
     for heads, groups in HEADS.values():
         options = options_for(name, batch, heads, dtype)
         q, k, v = (leaf(batch, n, h, 16, dtype=dtype) for n, h in ((queries, heads), (keys, groups), (keys, groups)))
-        out, lse, nothing = flash.flash_attn_func(q, k, v, **options, return_attn_probs=True, impl=backend.impl)
+        out, lse, nothing = flash.flash_attn_func(q, k, v, **options, return_attn_probs=True, impl=fp64_backend.impl)
         assert nothing is None and out.shape == q.shape and lse.shape == (batch, heads, queries)
         if batch == 0:
             continue
@@ -123,14 +123,16 @@ def dense_packed(q, k, v, lengths, options):
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_varlen(name, lengths, backend):
-    dtype, totals = backend.widest, tuple(map(sum, lengths))
+def test_varlen(name, lengths, fp64_backend):
+    dtype, totals = torch.float64, tuple(map(sum, lengths))
     cu_q, cu_k = map(offsets, lengths)
     for heads, groups in HEADS.values():
         options = options_for(name, len(lengths[0]), heads, dtype)
         q, k, v = (leaf(n, h, 16, dtype=dtype) for n, h in zip((totals[0], *totals[1:] * 2), (heads, groups, groups)))
         given = (q, k, v, cu_q, cu_k, max(lengths[0], default=0), max(lengths[1], default=0))
-        out, lse, nothing = flash.flash_attn_varlen_func(*given, **options, return_attn_probs=True, impl=backend.impl)
+        out, lse, nothing = flash.flash_attn_varlen_func(
+            *given, **options, return_attn_probs=True, impl=fp64_backend.impl
+        )
         assert nothing is None and out.shape == q.shape and lse.shape == (heads, totals[0])
         if lengths[0]:
             wanted = dense_packed(q, k, v, lengths, options)
@@ -155,14 +157,14 @@ def paged(k, v, lengths, page, spare=3):
 
 @pytest.mark.parametrize("name", ["plain", "causal window", "alibi per row, window"])
 @pytest.mark.parametrize("page", [1, 4, 16])
-def test_varlen_with_pages(page, name, backend):
-    lengths, dtype = LENGTHS["mixed"], backend.widest
+def test_varlen_with_pages(page, name, fp64_backend):
+    lengths, dtype = LENGTHS["mixed"], torch.float64
     q, k, v = (leaf(sum(n), h, 16, dtype=dtype) for n, h in zip((*lengths, lengths[1]), (4, 2, 2)))
     options = options_for(name, len(lengths[0]), 4, dtype)
     k_pages, v_pages, table = paged(k, v, lengths[1], page)
     given = (q, k_pages, v_pages, *map(offsets, lengths), 20, 20)
     out, lse, _ = flash.flash_attn_varlen_func(
-        *given, **options, return_attn_probs=True, block_table=table, impl=backend.impl
+        *given, **options, return_attn_probs=True, block_table=table, impl=fp64_backend.impl
     )
     wanted = dense_packed(q, k, v, lengths, options)
     compare((out, lse), wanted, with_slopes(dict(q=q, k=k, v=v), options), dtype)

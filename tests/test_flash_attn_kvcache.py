@@ -153,42 +153,42 @@ OPTIONS = {
 @pytest.mark.parametrize("kind", ["int", "tensor"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_append_and_attend(name, layout, kind, queries, new, backend):
+def test_append_and_attend(name, layout, kind, queries, new, fp64_backend):
     lengths = LENGTHS if kind == "tensor" else (9, 9)
-    check(backend, layout, lengths, seqlens_of(lengths, kind), queries, new, *OPTIONS[name])
+    check(fp64_backend, layout, lengths, seqlens_of(lengths, kind), queries, new, *OPTIONS[name])
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["(H,)", "(B, H)"])
 @pytest.mark.parametrize("kind", ["int", "tensor"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_alibi(layout, kind, shared, backend):
+def test_alibi(layout, kind, shared, fp64_backend):
     lengths = LENGTHS if kind == "tensor" else (9, 9)
-    slopes = torch.rand(HEADS, dtype=backend.widest) if shared else torch.rand(len(lengths), HEADS).to(backend.widest)
+    slopes = torch.rand((HEADS,) if shared else (len(lengths), HEADS), dtype=torch.float64)
     options = dict(slopes=slopes, causal=True), dict(alibi_slopes=slopes, causal=True)
-    check(backend, layout, lengths, seqlens_of(lengths, kind), 3, 3, *options)
+    check(fp64_backend, layout, lengths, seqlens_of(lengths, kind), 3, 3, *options)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("order", [{}, dict(causal=True), dict(window=(6, 0))], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rotary(layout, order, interleaved, backend):
+def test_rotary(layout, order, interleaved, fp64_backend):
     """Without an order among them, all queries stand at the first new position."""
-    cos, sin = tables(backend.widest)
+    cos, sin = tables(torch.float64)
     plain = dict(cos=cos, sin=sin, interleaved=interleaved, **order)
     given = dict(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved)
     given.update({"window_size" if name == "window" else name: value for name, value in order.items()})
-    check(backend, layout, LENGTHS, torch.tensor(LENGTHS), 3, 2, plain, given)
+    check(fp64_backend, layout, LENGTHS, torch.tensor(LENGTHS), 3, 2, plain, given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["int", "tensor"])
-def test_leftpad(kind, layout, backend):
+def test_leftpad(kind, layout, fp64_backend):
     """Keys before leftpad[b] do not exist; one beyond the length leaves none."""
     lengths = LENGTHS if kind == "tensor" else (9, 9, 9)
     seqlens = seqlens_of(lengths, kind)
-    cos, sin = tables(backend.widest)
+    cos, sin = tables(torch.float64)
     plain, given = dict(causal=True, cos=cos, sin=sin), dict(causal=True, rotary_cos=cos, rotary_sin=sin)
-    check(backend, layout, lengths, seqlens, 2, 2, plain, given, leftpad=[1, 5, 11])
+    check(fp64_backend, layout, lengths, seqlens, 2, 2, plain, given, leftpad=[1, 5, 11])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -203,10 +203,10 @@ def test_compiled(layout, family):
     check(family, layout, LENGTHS, torch.tensor(LENGTHS), 3, 3, plain, given, leftpad=[0, 1, 4], call=call)
 
 
-def test_whole_cache_is_the_default(backend):
+def test_whole_cache_is_the_default(fp64_backend):
     q, cache = torch.randn(2, 3, HEADS, WIDTH), torch.randn(3, 10, GROUPS, WIDTH)
-    out = flash.flash_attn_with_kvcache(q, cache, cache, causal=True, num_splits=4, impl=backend.impl)
-    wanted = flash.flash_attn_func(q, cache[:2], cache[:2], causal=True, impl=backend.impl)
+    out = flash.flash_attn_with_kvcache(q, cache, cache, causal=True, num_splits=4, impl=fp64_backend.impl)
+    wanted = flash.flash_attn_func(q, cache[:2], cache[:2], causal=True, impl=fp64_backend.impl)
     torch.testing.assert_close(out, wanted)
 
 
@@ -221,7 +221,8 @@ def test_generation_equals_one_pass(family):
         new = (x[:, length : length + step] for x in (q, k, v))
         now, *keys = new
         seqlens = torch.full((2,), length) if step == 1 else length
-        outs.append(flash.flash_attn_with_kvcache(now, *caches, *keys, cache_seqlens=seqlens, causal=True))
+        options = dict(cache_seqlens=seqlens, causal=True, impl=family.impl)
+        outs.append(flash.flash_attn_with_kvcache(now, *caches, *keys, **options))
         length += step
     torch.testing.assert_close(torch.cat(outs, 1), wanted, **TOLERANCE[dtype])
     assert torch.equal(caches[0], k) and torch.equal(caches[1], v)

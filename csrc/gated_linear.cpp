@@ -1,10 +1,9 @@
-// The ops of gated feed-forward layers: schema, checks of invariants, torch tensors -> GatedLinearProblem -> the
-// kernels of the active instruction set. Friendly messages come from Python (pyext/ops/gated_linear.py); what is
-// checked here protects memory.
-#include "gated_linear.h"
-
+// The ops of gated feed-forward layers: schema, checks of invariants, torch tensors -> ExpertsProblem, one expert that
+// has all rows -> the kernels of the active instruction set. Friendly messages come from Python
+// (pyext/ops/gated_linear.py); what is checked here protects memory.
 #include <tuple>
 
+#include "moe_experts.h"
 #include "tensors.h"
 
 namespace pyext {
@@ -28,17 +27,19 @@ Output new_matrix(const Tensor& t) {
 
 // The weights of a call and the problem without its x.
 struct Call {
-  GatedLinearProblem problem;
+  ExpertsProblem problem;
+  int64_t offsets[2] = {0, 0};
   Tensor x, w_gate;
   MaybeTensor w_up, w_down, kept[3];  // kept: biases, while the problem points at them
   bool packed;
 
   Call(const Tensor& x_in, const Tensor& gate_in, const MaybeTensor& up_in, const Tensor* down_in, int64_t activation)
       : x(readable_matrix(x_in)), w_gate(readable_matrix(gate_in)), packed(!up_in) {
-    GatedLinearProblem& p = problem;
+    ExpertsProblem& p = problem;
     STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation must be an index into ACTIVATIONS");
     p.dtype = dtype_of(x), p.activation = static_cast<Activation>(activation);
-    p.rows = x.size(0), p.in = x.size(1), p.hidden = packed ? w_gate.size(0) / 2 : w_gate.size(0);
+    p.experts = 1, p.rows = offsets[1] = x.size(0), p.offsets = offsets, p.in = x.size(1),
+    p.hidden = packed ? w_gate.size(0) / 2 : w_gate.size(0);
     check_matrix("w_gate must be (N, K) of x's dtype, or (2N, K) without w_up", w_gate, x,
                  packed ? 2 * p.hidden : p.hidden, p.in);
     p.x = matrix(x), p.w_gate = p.w_up = matrix(w_gate);
@@ -69,11 +70,11 @@ struct Call {
     return kept[which]->const_data_ptr();
   }
   void add_biases(const MaybeTensor& gate, const MaybeTensor& up, const MaybeTensor& down) {
-    GatedLinearProblem& p = problem;
+    ExpertsProblem& p = problem;
     STD_TORCH_CHECK(!packed || !up, "b_up must be None without w_up");
-    p.b_gate = bias(0, gate, packed ? 2 * p.hidden : p.hidden);
-    p.b_up = packed ? second(const_cast<void*>(p.b_gate), p.hidden) : bias(1, up, p.hidden);
-    p.b_down = bias(2, down, p.down_rows);
+    p.b_gate.data = bias(0, gate, packed ? 2 * p.hidden : p.hidden);
+    p.b_up.data = packed ? second(const_cast<void*>(p.b_gate.data), p.hidden) : bias(1, up, p.hidden);
+    p.b_down.data = bias(2, down, p.down_rows);
   }
   // The second half of a packed tensor whose first half has that many elements.
   void* second(void* first, int64_t elements) const {
@@ -81,12 +82,12 @@ struct Call {
   }
 
   std::tuple<Tensor, Tensor> forward(bool save) {
-    GatedLinearProblem& p = problem;
+    ExpertsProblem& p = problem;
     Tensor out = empty(x, {p.rows, p.down ? p.down_rows : p.hidden}, x.scalar_type());
     Tensor pre = save ? empty(x, {p.rows, 2 * p.hidden}, x.scalar_type()) : empty(x, {0}, x.scalar_type());
     p.out = new_matrix(out);
     if (save) p.pre_out = new_matrix(pre);
-    kernels().gated_linear_forward(p, parallel());
+    kernels().moe_experts_forward(p, parallel());
     return {out, pre};
   }
 
@@ -94,16 +95,16 @@ struct Call {
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   Gradients backward(const Tensor& grad_in, const Tensor& pre_in, bool need_x, bool need_w, bool need_b, bool need_down,
                      bool need_b_down) {
-    GatedLinearProblem& p = problem;
+    ExpertsProblem& p = problem;
     const Tensor grad = readable_matrix(grad_in), pre = readable_matrix(pre_in);
     check_matrix("grad must match the output", grad, x, p.rows, p.down ? p.down_rows : p.hidden);
     check_matrix("pre must be (M, 2N) of x's dtype", pre, x, p.rows, 2 * p.hidden);
     p.grad = matrix(grad), p.pre = matrix(pre);
-    auto gradient = [&](bool needed, void*& data, std::initializer_list<int64_t> shape) {
+    auto gradient = [&](bool needed, Output& to, std::initializer_list<int64_t> shape) {
       if (!needed) return empty(x, {0}, x.scalar_type());
       Tensor t = empty(x, shape, x.scalar_type());
       use_huge_pages(t);
-      data = t.mutable_data_ptr();
+      to.data = t.mutable_data_ptr(), to.row = t.size(t.dim() - 1);
       return t;
     };
     const int64_t rows = w_gate.size(0);
@@ -114,8 +115,9 @@ struct Call {
     Tensor b_gate = gradient(need_b, p.grad_b_gate, {rows});
     Tensor b_up = gradient(need_b && !packed, p.grad_b_up, {rows});
     Tensor b_down = gradient(need_b_down, p.grad_b_down, {p.down_rows});
-    if (packed) p.grad_w_up = second(p.grad_w_gate, p.hidden * p.in), p.grad_b_up = second(p.grad_b_gate, p.hidden);
-    kernels().gated_linear_backward(p, parallel());
+    if (packed) p.grad_w_up.data = second(p.grad_w_gate.data, p.hidden * p.in);
+    if (packed) p.grad_b_up.data = second(p.grad_b_gate.data, p.hidden);
+    kernels().moe_experts_backward(p, parallel());
     return {dx, gate, up, down, b_gate, b_up, b_down};
   }
 };

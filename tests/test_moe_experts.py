@@ -8,103 +8,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pyext
-from pyext import _checks
+from pyext import _checks, _dispatch
 from pyext._primitives import EXPERT_ACTIVATIONS
-from support import moe
-from support.cases import on_threads
-from support.tolerance import assert_close_to_reference
+from support import backends, moe
+from support.cases import DTYPES, dtype_name, on_threads
+from support.expert_layers import check, gradients, layer, routed, routed_by, whole
 
-NAMES = ("x", "weights", "w_gate_up", "w_down", "b_gate_up", "b_down")
+OP = "moe.forward"
 K = {"switch": 1}
-
-
-@pytest.fixture(params=["read", "masked"])
-def path(request, monkeypatch):
-    """The reference reads offsets where it may, and masks rows where it must not."""
-    if request.param == "masked":
-        monkeypatch.setattr(_checks, "is_readable", lambda value: False)
-    return request.param
-
-
-def layer(t, h, i, e, j=None, activation="swiglu", bias=True, dtype=torch.float64, seed=0):
-    """x, experts' weights and biases as leaves, at the scale of a trained layer."""
-    generator = torch.Generator().manual_seed(seed)
-    j, rows = h if j is None else j, (2 * i if activation in moe.GATED else i)
-
-    def normal(*size, scale=1.0):
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-
-    leaves = {"x": normal(t, h), "w_gate_up": normal(e, rows, h, scale=max(h, 1) ** -0.5)}
-    leaves["w_down"] = normal(e, j, i, scale=max(i, 1) ** -0.5)
-    leaves["b_gate_up"] = normal(e, rows) if bias else None
-    leaves["b_down"] = normal(e, j) if bias else None
-    return leaves
-
-
-def routed(t, e, k=2, seed=0, dtype=torch.float64, policy="softmax_topk", **options):
-    """A routing whose weights are a leaf."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(t, e, generator=generator, dtype=torch.float64)
-    routing = pyext.moe.route(logits, k, policy=policy, generator=generator, **options)
-    return routing._replace(weights=routing.weights.to(dtype).requires_grad_())
-
-
-def gradients(out, leaves, grad):
-    named = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    found = torch.autograd.grad(out, list(named.values()), grad, allow_unused=True)
-    zeros = {name: torch.zeros_like(leaf) for name, leaf in named.items()}
-    return {"out": out.detach()} | {
-        name: zeros[name] if got is None else got for name, got in zip(named, found, strict=True)
-    }
-
-
-def whole(leaves, routing, activation, **options):
-    """out and all gradients by `forward`."""
-    leaves = {**leaves, "weights": routing.weights}
-    arguments = {name: leaf for name, leaf in leaves.items() if name not in ("x", "weights")}
-    out = pyext.moe.forward(leaves["x"], routing, activation=activation, **arguments, **options)
-    return out, {name: leaves[name] for name in NAMES}
-
-
-def steps(leaves, routing, activation, **options):
-    """The same in three steps."""
-    xs = pyext.moe.dispatch(leaves["x"], routing, **options)
-    arguments = {name: leaf for name, leaf in leaves.items() if name != "x"}
-    ys = pyext.moe.experts(xs, routing, activation=activation, **arguments, **options)
-    return pyext.moe.combine(ys, routing, **options), {**leaves, "weights": routing.weights}
-
-
-def expected(leaves, routing, activation, grad, dtype=torch.float64):
-    """out and all gradients by the loops, in a dtype (weights in fp32 at least)."""
-    copies = {name: None if leaf is None else leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
-    weights = routing.weights.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    copies["weights"] = weights
-    out = moe.forward(*(copies[name] for name in NAMES), routing, activation)
-    return gradients(out + 0 * sum(leaf.sum() for leaf in copies.values() if leaf is not None), copies, grad.to(dtype))
-
-
-def check64(leaves, routing, activation="swiglu", **options):
-    j = leaves["w_down"].shape[1]
-    grad = torch.randn(routing.position.shape[0], j, dtype=torch.float64)
-    wanted = expected(leaves, routing, activation, grad)
-    for compute in (whole, steps):
-        out, named = compute(leaves, routing, activation, **options)
-        for name, got in gradients(out, named, grad).items():
-            torch.testing.assert_close(got, wanted[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", moe.ACTIVATIONS)
-def test_activations(activation, bias, path):
-    check64(layer(11, 5, 7, 4, activation=activation, bias=bias), routed(11, 4), activation)
+def test_activations(activation, bias, backend):
+    check(layer(11, 5, 7, 4, activation=activation, bias=bias), routed(11, 4), activation, backend)
 
 
 @pytest.mark.parametrize("options", [{}, dict(capacity_factor=0.6), dict(capacity_factor=3.0)], ids=str)
 @pytest.mark.parametrize("policy", moe.POLICIES)
-def test_policies(policy, options, path):
+def test_policies(policy, options, backend):
     mask = torch.rand(17) < 0.8
     routing = routed(17, 5, K.get(policy, 2), policy=policy, token_mask=mask, **options)
-    check64(layer(17, 6, 3, 5, j=4), routing)
+    check(layer(17, 6, 3, 5, j=4), routing, "swiglu", backend)
 
 
 @pytest.mark.parametrize(
@@ -112,35 +37,35 @@ def test_policies(policy, options, path):
     [(0, 4, 3, 5, 2), (1, 4, 3, 5, 2), (1, 1, 1, 1, 1), (9, 3, 2, 1, 1), (7, 4, 3, 4, 4), (5, 3, 2, 257, 3),
      (6, 0, 3, 2, 1), (6, 3, 0, 2, 1), (13, 31, 33, 3, 2)],
 )  # fmt: skip
-def test_sizes(t, h, i, e, k, path):
-    check64(layer(t, h, i, e), routed(t, e, k))
+def test_sizes(t, h, i, e, k, backend):
+    check(layer(t, h, i, e), routed(t, e, k), "swiglu", backend)
 
 
-def test_all_tokens_to_one_expert(path):
+def test_all_tokens_to_one_expert(backend):
     logits = torch.zeros(12, 6, dtype=torch.float64)
     logits[:, 3] = 5.0
-    check64(layer(12, 4, 3, 6), pyext.moe.route(logits.requires_grad_(), 1))
+    check(layer(12, 4, 3, 6), pyext.moe.route(logits, 1), "geglu", backend)
 
 
-def test_all_tokens_dropped(path):
+def test_all_tokens_dropped(backend):
     logits = torch.zeros(8, 3, dtype=torch.float64, requires_grad=True)
     routing = pyext.moe.route(logits, 1, token_mask=torch.zeros(8, dtype=torch.bool))
     leaves = layer(8, 4, 3, 3)
-    check64(leaves, routing)
-    assert not whole(leaves, routing, "swiglu")[0].any()
+    check(leaves, routing, "swiglu", backend)
 
 
-def test_rows_that_nobody_needs_may_be_missing(path):
+def test_rows_that_nobody_needs_may_be_missing(backend):
     """A share of an expert-parallel layer: tokens, and no row."""
     routing = routed(5, 3, token_mask=torch.zeros(5, dtype=torch.bool))
     routing = routing._replace(source=routing.source[:0])
-    check64(layer(5, 4, 3, 3), routing)
+    check(layer(5, 4, 3, 3), routing, "swiglu", backend)
 
 
-def test_dropped_tokens():
+def test_dropped_tokens(backend):
     """Output 0, gradient 0."""
-    leaves, routing = layer(20, 4, 3, 4), routed(20, 4, 1, policy="switch", capacity_factor=0.5)
-    out, named = whole(leaves, routing, "swiglu")
+    leaves = layer(20, 4, 3, 4, dtype=backend.widest, device=backend.device)
+    routing = routed(20, 4, 1, dtype=backend.widest, device=backend.device, policy="switch", capacity_factor=0.5)
+    out, named = whole(leaves, routing, "swiglu", impl=backend.impl)
     got = gradients(out, named, torch.ones_like(out))
     gone = routing.expert_index[:, 0] < 0
     assert gone.any() and not gone.all()
@@ -159,9 +84,11 @@ def test_dispatch_sorts_by_expert_then_token():
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
-def test_unused_rows_may_hold_anything(garbage, path):
+def test_unused_rows_may_hold_anything(garbage, backend):
     """They reach no output and no gradient, and get gradient 0."""
-    leaves, routing = layer(12, 4, 3, 3), routed(12, 3, token_mask=torch.arange(12) % 3 > 0)
+    leaves = layer(12, 4, 3, 3, dtype=backend.widest, device=backend.device)
+    mask = (torch.arange(12) % 3 > 0).cpu()
+    routing = routed(12, 3, dtype=backend.widest, device=backend.device, token_mask=mask)
     used = int(routing.offsets[-1])
     xs = pyext.moe.dispatch(leaves["x"].detach(), routing)
     assert used < len(xs)
@@ -170,14 +97,15 @@ def test_unused_rows_may_hold_anything(garbage, path):
         rows = xs.clone()
         rows[used:] = fill
         rows.requires_grad_()
-        ys = pyext.moe.experts(rows, routing, **{name: leaf for name, leaf in leaves.items() if name != "x"})
+        arguments = {name: leaf for name, leaf in leaves.items() if name != "x"}
+        ys = pyext.moe.experts(rows, routing, **arguments, impl=backend.impl)
         assert not ys[used:].any()
         named = {**leaves, "x": rows}
         results.append(gradients(ys, named, torch.ones_like(ys)))
         assert not results[-1]["x"][used:].any()
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
-    ys = torch.randn(len(xs), 4, dtype=torch.float64)
+    ys = torch.randn(len(xs), 4, dtype=backend.widest)
     dirty = ys.clone()
     dirty[used:] = garbage
     assert torch.equal(pyext.moe.combine(ys, routing), pyext.moe.combine(dirty, routing))
@@ -185,49 +113,62 @@ def test_unused_rows_may_hold_anything(garbage, path):
 
 @pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0, 7], [7, 0, 0], [0, 0, 0], [2, 2, 2]], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_grouped_linear(counts, bias, path):
-    generator = torch.Generator().manual_seed(1)
+def test_grouped_linear(counts, bias, backend):
     sizes = {"xs": (9, 5), "w": (3, 4, 5), "bias": (3, 4)}
     leaves = {
-        name: torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True)
+        name: torch.randn(size, dtype=backend.widest, requires_grad=True)
         for name, size in sizes.items()
         if bias or name != "bias"
     }
     offsets = torch.tensor([0, *counts]).cumsum(0)
-    out = pyext.moe.grouped_linear(leaves["xs"], leaves["w"], offsets, leaves.get("bias"))
+    out = pyext.moe.grouped_linear(leaves["xs"], leaves["w"], offsets, leaves.get("bias"), impl=backend.impl)
     parts, row = [], 0
     for expert, count in enumerate(counts):
         for _ in range(count):
             parts.append(leaves["w"][expert] @ leaves["xs"][row] + (leaves["bias"][expert] if bias else 0))
             row += 1
-    zeros = torch.zeros(9 - row, 4, dtype=torch.float64) + 0 * sum(leaf.sum() for leaf in leaves.values())
+    zeros = torch.zeros(9 - row, 4, dtype=backend.widest) + 0 * sum(leaf.sum() for leaf in leaves.values())
     wanted = torch.cat([*(part[None] for part in parts), zeros])
-    grad = torch.randn(9, 4, dtype=torch.float64)
+    grad = torch.randn(9, 4, dtype=backend.widest)
     ours, theirs = gradients(out, leaves, grad), gradients(wanted, leaves, grad)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12)
+        tolerance = 1e-12 if backend.widest == torch.float64 else 1e-5
+        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu"])
-def test_tolerance(activation, dtype, session_seed, path):
+@pytest.mark.parametrize("counts", [(3, 0, 4), (0, 9, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("activation", ["geglu", "silu"])
+def test_reference_where_offsets_cannot_be_read(activation, counts, monkeypatch):
+    """All rows go through every expert, behind masks."""
+    routing = routed_by([e for e, count in enumerate(counts) for _ in range(count)], 3)
+    monkeypatch.setattr(_checks, "is_readable", lambda value: False)
+    check(layer(sum(counts), 4, 3, 3, activation=activation), routing, activation, backends.Backend("reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("activation", moe.ACTIVATIONS)
+def test_tolerance(activation, dtype, session_seed, backend):
     """The rule against fp64, beside the same loops in the dtype itself."""
-    leaves = layer(40, 32, 24, 4, activation=activation, dtype=dtype, seed=session_seed)
-    routing = routed(40, 4, 2, seed=session_seed, dtype=torch.float32, renormalize=True)
-    grad = torch.randn(40, 32).to(dtype)
-    exact = expected(leaves, routing, activation, grad)
-    eager = expected(leaves, routing, activation, grad, dtype)
-    for compute in (whole, steps) if dtype == torch.float32 else (whole,):
-        out, named = compute(leaves, routing, activation)
-        for name, got in gradients(out, named, grad).items():
-            assert got.dtype == (torch.float32 if name == "weights" else dtype)
-            assert_close_to_reference(got, exact[name], eager[name], name=f"{name} by {compute.__name__}")
+    leaves = layer(40, 33, 35, 4, activation=activation, dtype=dtype, seed=session_seed)
+    check(leaves, routed(40, 4, 2, session_seed, renormalize=True), activation, backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("counts", [(1, 2, 3, 4, 5, 8, 9, 17), (520, 0, 70), (2100,), (1030, 1), (0, 0, 20)], ids=str)
+def test_rows_per_expert(counts, dtype, cpu, session_seed):
+    """Tiles and pieces of every size; several pieces and rounds for one expert."""
+    rows = [e for e, count in enumerate(counts) for _ in range(count)]
+    order = torch.randperm(len(rows)).tolist()
+    routing = routed_by([rows[i] for i in order], len(counts), seed=session_seed)
+    check(layer(len(rows), 20, 17, len(counts), 19, seed=session_seed), routing, "swiglu", cpu, dtype)
 
 
 @st.composite
 def problems(draw):
-    e = draw(st.integers(1, 6))
-    sizes = dict(t=draw(st.integers(0, 9)), h=draw(st.integers(1, 5)), i=draw(st.integers(1, 5)), e=e)
+    e, width = draw(st.integers(1, 6)), st.one_of(st.integers(0, 5), st.integers(15, 40))
+    sizes = dict(
+        t=draw(st.one_of(st.integers(0, 9), st.integers(10, 60))), h=draw(width), i=draw(width), e=e, j=draw(width)
+    )
     options = dict(activation=draw(st.sampled_from(moe.ACTIVATIONS)), bias=draw(st.booleans()))
     k = draw(st.integers(1, e))
     policy = draw(st.sampled_from(["softmax_topk", "sigmoid", "expert_choice"]))
@@ -241,11 +182,13 @@ def problems(draw):
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(problem=problems())
-def test_fuzz(problem):
+@given(problem=problems(), threads=st.sampled_from([1, 2]))
+def test_fuzz(problem, threads):
     sizes, options, k, policy, factor, seed = problem
     routing = routed(sizes["t"], sizes["e"], k, seed, policy=policy, capacity_factor=factor)
-    check64(layer(**sizes, **options, seed=seed), routing, options["activation"])
+    for implementation in backends.ALL:
+        with implementation.selected():
+            check(layer(**sizes, **options, seed=seed), routing, options["activation"], implementation, threads=threads)
 
 
 def test_router_gradient_reaches_the_logits():
@@ -254,31 +197,40 @@ def test_router_gradient_reaches_the_logits():
     inputs = [logits, *leaves.values()]
 
     def call(logits, x, *experts):
-        routing = pyext.moe.route(logits, 2, renormalize=True, capacity_factor=1.0)
-        return pyext.moe.forward(x, routing, experts[0], experts[1], "swiglu", *experts[2:])
+        routing = pyext.moe.route(logits, 2, renormalize=True, capacity_factor=1.0, impl=impl)
+        return pyext.moe.forward(x, routing, experts[0], experts[1], "swiglu", *experts[2:], impl=impl)
 
+    impl = "auto"
     torch.autograd.gradcheck(call, inputs)
+    impl = "reference"
     small = [torch.randn(3, 2), *(leaf.detach() for leaf in layer(3, 2, 2, 2).values())]
     torch.autograd.gradgradcheck(call, [x.double().requires_grad_() for x in small])
 
 
-def test_strides():
-    leaves, routing = layer(11, 6, 4, 3), routed(11, 3)
-    wanted = whole(leaves, routing, "swiglu")[0]
+def test_strides(backend):
+    leaves = layer(11, 6, 4, 3, dtype=backend.widest, device=backend.device)
+    routing = routed(11, 3, dtype=backend.widest, device=backend.device)
+    grad = torch.randn(11, 6, dtype=backend.widest)
+    wanted = gradients(*whole(leaves, routing, "swiglu", impl=backend.impl), grad)
     moved = {}
     for name, leaf in leaves.items():
         spread = torch.full((*leaf.shape, 2), torch.nan, dtype=leaf.dtype)
         spread[..., 1] = leaf.detach()
-        moved[name] = spread[..., 1]
-    moved["x"] = leaves["x"].detach().t().contiguous().t()
-    torch.testing.assert_close(whole(moved, routing, "swiglu")[0], wanted)
+        moved[name] = spread[..., 1].requires_grad_()
+    moved["x"] = leaves["x"].detach().t().contiguous().t().requires_grad_()
+    rows = torch.full((4, 12, 12), torch.nan, dtype=backend.widest)[:3, 2:10, 3:9]  # gaps between rows and experts
+    moved["w_gate_up"] = rows.copy_(leaves["w_gate_up"].detach()).requires_grad_()
+    got = gradients(*whole(moved, routing, "swiglu", impl=backend.impl), grad.t().contiguous().t())
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name])
 
 
-def test_inputs_are_not_written():
-    leaves, routing = layer(11, 6, 4, 3), routed(11, 3)
+def test_inputs_are_not_written(backend):
+    leaves = layer(11, 6, 4, 3, dtype=backend.widest, device=backend.device)
+    routing = routed(11, 3, dtype=backend.widest, device=backend.device)
     before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     kept = [x.detach().clone() for x in routing]
-    out, named = whole(leaves, routing, "swiglu")
+    out, named = whole(leaves, routing, "swiglu", impl=backend.impl)
     gradients(out, named, torch.ones_like(out))
     assert all(torch.equal(before[name], leaf) for name, leaf in leaves.items())
     assert all(torch.equal(a, b) for a, b in zip(kept, routing))
@@ -322,10 +274,10 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+def test_compile(dynamic, backend):
     def call(logits, x, w_gate_up, w_down):
         routing = pyext.moe.route(logits, 2, renormalize=True, capacity_factor=1.25)
-        out = pyext.moe.forward(x, routing, w_gate_up, w_down)
+        out = pyext.moe.forward(x, routing, w_gate_up, w_down, impl=backend.impl)
         return out, routing.balance_loss
 
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -441,7 +393,7 @@ def test_refusals(name, change, error, message):
 @pytest.mark.parametrize("name", ["experts", "forward", "grouped_linear"])
 def test_forced_backends_say_why(name):
     call(name), call(name, impl="reference")
-    for impl in ("cpu", "triton", "cuda"):
+    for impl in {"cpu", "triton", "cuda"} - set(_dispatch._OPS[f"moe.{name}"].kernels):
         with pytest.raises(NotImplementedError, match=f"pyext.moe.{name}: impl='{impl}' refuses this call"):
             call(name, impl=impl)
 

@@ -72,13 +72,13 @@ struct Tile {
     UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < vectors; ++j) v[i][j] = vset(T(0));
   }
   // v += A B over k steps; A(i, k) = a[i * row_step + k * k_step], B(k, :) = b[k * kPanel]. A pair of bf16 may start at
-  // any of them: then Element is uint16_t.
-  template <int64_t row_step, int64_t k_step, class Element>
+  // any of them: then Element is uint16_t. Only the first `rows` rows of v change.
+  template <int64_t row_step, int64_t k_step, int rows = kRows, class Element>
   INLINE void multiply(int64_t k, const Element* a, const T* b) {
     for (; k > 0; --k, a += k_step, b += kPanel<T>) {
       Vec<T> column[vectors];
       UNROLL for (int j = 0; j < vectors; ++j) column[j] = vload(b + j * kWidth<T>);
-      UNROLL for (int i = 0; i < kRows; ++i) {
+      UNROLL for (int i = 0; i < rows; ++i) {
         T both;
         memcpy(&both, a + i * row_step, sizeof(T));
         Vec<T> x = vset(both);
@@ -120,7 +120,7 @@ INLINE void accumulate(int64_t k, const Element* a, const typename C::T* b, type
 // ---- packing ----
 
 // The source rows of a pack: row r of the pack is source row n = begin + r * step, or index[n], or none (zeros) where n
-// is outside of [0, count).
+// is outside of [0, count) or the index is negative.
 struct Rows {
   const char* base;
   int64_t row_bytes, count;
@@ -129,8 +129,12 @@ struct Rows {
   // Null for a row that does not exist.
   INLINE const char* operator[](int64_t r) const {
     r = begin + r * step;
-    return r < 0 || r >= count ? nullptr : base + (index ? index[r] : r) * row_bytes;
+    if (r < 0 || r >= count) return nullptr;
+    if (index) r = index[r];
+    return r < 0 ? nullptr : base + r * row_bytes;
   }
+  // From row r and byte b of every row on.
+  INLINE Rows from(int64_t r, int64_t b) const { return {base + b, row_bytes, count, index, begin + r * step, step}; }
 };
 
 template <class T>
@@ -251,8 +255,8 @@ INLINE void store_row_pairs(float* p, F low, F high) {
 
 // dst[panel][k][kPanel] from rows [0, padded), k running to ceil(padded / pair); panels are `panel_stride` elements
 // apart.
-template <class C>
-void pack_rows(DType dtype, const Rows& rows, int64_t padded, int64_t features, int64_t panel_stride,
+template <class C, class Source = Rows>
+void pack_rows(DType dtype, const Source& rows, int64_t padded, int64_t features, int64_t panel_stride,
                typename C::T* dst) {
   using T = typename C::T;
   constexpr int w = kWidth<T>, panel = kPanel<T>;

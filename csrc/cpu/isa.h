@@ -8,14 +8,14 @@
 
 namespace pyext {
 
-struct AttentionProblem;    // csrc/attention.h
-struct GatedLinearProblem;  // csrc/gated_linear.h
-struct GluProblem;          // csrc/glu.h
-struct DispatchProblem;     // csrc/moe_dispatch.h
-struct CombineProblem;      // csrc/moe_dispatch.h
-struct RouteProblem;        // csrc/moe_route.h
-struct RotaryProblem;       // csrc/rotary.h
-struct Parallel;            // csrc/parallel.h
+struct AttentionProblem;  // csrc/attention.h
+struct GluProblem;        // csrc/glu.h
+struct DispatchProblem;   // csrc/moe_dispatch.h
+struct CombineProblem;    // csrc/moe_dispatch.h
+struct ExpertsProblem;    // csrc/moe_experts.h
+struct RouteProblem;      // csrc/moe_route.h
+struct RotaryProblem;     // csrc/rotary.h
+struct Parallel;          // csrc/parallel.h
 
 // The arithmetic whose peak rate KernelTable::peak_flops measures.
 enum PeakType : int { kPeakFp32 = 0, kPeakBf16 = 1, kPeakFp64 = 2 };
@@ -24,13 +24,13 @@ struct KernelTable {
   const char* name;  // "avx2", "avx512", "avx512_bf16"
   void (*attention_forward)(const AttentionProblem&, const Parallel&);
   void (*attention_backward)(const AttentionProblem&, const Parallel&);
-  void (*gated_linear_forward)(const GatedLinearProblem&, const Parallel&);
-  void (*gated_linear_backward)(const GatedLinearProblem&, const Parallel&);
   void (*glu_forward)(const GluProblem&, const Parallel&);
   void (*glu_backward)(const GluProblem&, const Parallel&);
   void (*moe_dispatch_forward)(const DispatchProblem&, const Parallel&);
   void (*moe_combine_forward)(const CombineProblem&, const Parallel&);
   void (*moe_combine_backward)(const CombineProblem&, const Parallel&);
+  void (*moe_experts_forward)(const ExpertsProblem&, const Parallel&);
+  void (*moe_experts_backward)(const ExpertsProblem&, const Parallel&);
   void (*moe_route_forward)(const RouteProblem&, const Parallel&);
   void (*moe_route_backward)(const RouteProblem&, const Parallel&);
   void (*rotary_forward)(const RotaryProblem&, const Parallel&);

@@ -94,3 +94,16 @@ def once_differentiable(op: str, why: str | None = None) -> Callable:
             raise RuntimeError(f"pyext.{op}: {why}")
 
     return lambda sibling, run, *args: Backward.apply(run, *args)
+
+
+def with_saved(ctx, out: Tensor, pre: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """The results of an op that returns what its backward needs, `pre`, only if `save`; `pre` has no derivative."""
+    pre = pre if save else pre.new_empty((0,))
+    ctx.mark_non_differentiable(pre)
+    ctx.set_materialize_grads(False)  # no zeros for pre
+    return out, pre
+
+
+def wanted(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients of inputs, None for those that autograd does not ask for."""
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]

@@ -177,7 +177,7 @@ class _GatedLinear(torch.autograd.Function):
         out, pre = run(x, w_gate, w_up, b_gate, b_up, activation, save or any(ctx.needs_input_grad))
         ctx.save_for_backward(x, pre, w_gate, w_up)
         ctx.sibling, ctx.activation = sibling, activation
-        return _outputs(ctx, out, pre, save)
+        return _register.with_saved(ctx, out, pre, save)
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -186,7 +186,7 @@ class _GatedLinear(torch.autograd.Function):
         grads = ctx.sibling("gated_linear_backward")(
             grad, x, pre, w_gate, w_up, ctx.activation, need_x, need_gate or need_up, need_b_gate or need_b_up
         )
-        return None, None, *_wanted(grads, ctx.needs_input_grad[2:7]), None, None
+        return None, None, *_register.wanted(grads, ctx.needs_input_grad[2:7]), None, None
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -198,7 +198,7 @@ class _GatedMLP(torch.autograd.Function):
         out, pre = run(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, keep)
         ctx.save_for_backward(x, pre, w_gate, w_up, w_down)
         ctx.sibling, ctx.activation = sibling, activation
-        return _outputs(ctx, out, pre, save)
+        return _register.with_saved(ctx, out, pre, save)
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -209,18 +209,7 @@ class _GatedMLP(torch.autograd.Function):
             grad, x, pre, w_gate, w_up, w_down, ctx.activation, need_x, need_gate or need_up,
             need_b_gate or need_b_up, need_down, need_b_down,
         )  # fmt: skip
-        return None, None, *_wanted(grads, needed), None, None
-
-
-def _outputs(ctx, out: Tensor, pre: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    pre = pre if save else pre.new_empty((0,))
-    ctx.mark_non_differentiable(pre)
-    ctx.set_materialize_grads(False)  # no zeros for pre
-    return out, pre
-
-
-def _wanted(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list[Tensor | None]:
-    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        return None, None, *_register.wanted(grads, needed), None, None
 
 
 _dispatch.register(gated_linear, _prepare_linear, ("cpu", "triton"))

@@ -1,9 +1,13 @@
-"""`moe.grouped_linear`, `experts`, `forward`: validate, lower, choose a backend, call it."""
+"""`moe.grouped_linear`, `experts`, `forward`: validate, lower, choose a backend, call it.
+
+The ops (schemas in csrc/moe_experts.cpp) save the rows or tokens they got and the pre-activations; their backwards
+compute the activations again, and keep no output of an expert for the gradient of routing.weights.
+"""
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch
+from .. import _checks, _dispatch, _native
 from .._primitives import (
     ACTIVATIONS,
     EXPERT_ACTIVATIONS,
@@ -14,6 +18,7 @@ from .._primitives import (
     acc_dtype,
 )
 from ..reference import moe_experts as _reference
+from . import _register
 from .moe_dispatch import check_rows, checked_routing
 
 
@@ -32,8 +37,10 @@ def grouped_linear(xs: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None =
     Source: Gale et al., "MegaBlocks" (2022), section 5, where it is a block-diagonal product.
     """
     problem = _prepare_grouped(xs, w, offsets, bias)
-    _dispatch.choose("moe.grouped_linear", impl, problem)
-    return _reference.grouped_linear(problem)
+    backend = _dispatch.choose("moe.grouped_linear", impl, problem)
+    if backend == "reference":
+        return _reference.grouped_linear(problem)
+    return _register.call(backend, "moe_grouped_linear_forward", problem)
 
 
 def experts(
@@ -66,8 +73,10 @@ def experts(
     Source: Shazeer, "GLU variants improve Transformer" (2020), eq. 6; biases as in section 2.
     """
     problem = _prepare_experts(xs, routing, w_gate_up, w_down, activation, b_gate_up, b_down)
-    _dispatch.choose("moe.experts", impl, problem)
-    return _reference.experts(problem)
+    backend = _dispatch.choose("moe.experts", impl, problem)
+    if backend == "reference":
+        return _reference.experts(problem)
+    return _register.call(backend, "moe_experts_forward", problem)[0]
 
 
 def forward(
@@ -93,8 +102,10 @@ def forward(
     Source: as `experts` and `combine`.
     """
     problem = _prepare_forward(x, routing, w_gate_up, w_down, activation, b_gate_up, b_down)
-    _dispatch.choose("moe.forward", impl, problem)
-    return _reference.forward(problem)
+    backend = _dispatch.choose("moe.forward", impl, problem)
+    if backend == "reference":
+        return _reference.forward(problem)
+    return _register.call(backend, "moe_forward", problem)[0]
 
 
 def _prepare_grouped(xs, w, offsets, bias) -> GroupedLinearProblem:
@@ -182,9 +193,122 @@ def _offsets(value, xs: Tensor, count: int) -> Tensor:
     return value.to(torch.int32)
 
 
+# --- The ops as torch sees them: fakes and derivatives ---
+
+
+def _grouped_fake(xs, w, bias, offsets):
+    return xs.new_empty((xs.shape[0], w.shape[1]))
+
+
+def _experts_fake(xs, w_gate_up, w_down, b_gate_up, b_down, offsets, activation, save):
+    rows = xs.shape[0]
+    return xs.new_empty((rows, w_down.shape[1])), xs.new_empty((rows, w_gate_up.shape[1]) if save else (0,))
+
+
+def _moe_fake(x, w_gate_up, w_down, b_gate_up, b_down, weights, offsets, source, position, activation, save):
+    pre = x.new_empty((source.shape[0], w_gate_up.shape[1]) if save else (0,))
+    return x.new_empty((x.shape[0], w_down.shape[1])), pre
+
+
+def _fresh(x: Tensor, needed: bool, *shape: int) -> Tensor:
+    return x.new_empty(shape if needed else (0,))
+
+
+def _grouped_backward_fake(grad, xs, w, offsets, need_xs, need_w, need_bias):
+    return _fresh(xs, need_xs, *xs.shape), _fresh(xs, need_w, *w.shape), _fresh(xs, need_bias, *w.shape[:2])
+
+
+def _experts_backward_fake(
+    grad, xs, pre, w_gate_up, w_down, offsets, activation, need_xs, need_gate_up, need_down, need_b_gate_up, need_b_down
+):
+    return (
+        _fresh(xs, need_xs, *xs.shape),
+        _fresh(xs, need_gate_up, *w_gate_up.shape),
+        _fresh(xs, need_down, *w_down.shape),
+        _fresh(xs, need_b_gate_up, *w_gate_up.shape[:2]),
+        _fresh(xs, need_b_down, *w_down.shape[:2]),
+    )
+
+
+def _moe_backward_fake(
+    grad, x, pre, w_gate_up, w_down, b_down, weights, offsets, source, position, activation, *needs
+):  # fmt: skip
+    grads = _experts_backward_fake(grad, x, pre, w_gate_up, w_down, offsets, activation, *needs[:5])
+    return *grads, _fresh(weights, needs[5], *weights.shape)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """`moe_grouped_linear_forward` with its gradient; saves xs and w."""
+
+    @staticmethod
+    def forward(ctx, sibling, run, xs, w, bias, offsets):
+        ctx.save_for_backward(xs, w, offsets)
+        ctx.sibling = sibling
+        return run(xs, w, bias, offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[2:5]
+        grads = ctx.sibling("moe_grouped_linear_backward")(grad, *ctx.saved_tensors, *needed)
+        return None, None, *_register.wanted(grads, needed), None
+
+
+class _Experts(torch.autograd.Function):
+    """`moe_experts_forward` with its gradient; saves xs and the pre-activations (and weights and offsets)."""
+
+    @staticmethod
+    def forward(ctx, sibling, run, xs, w_gate_up, w_down, b_gate_up, b_down, offsets, activation, save):
+        keep = save or any(ctx.needs_input_grad)
+        out, pre = run(xs, w_gate_up, w_down, b_gate_up, b_down, offsets, activation, keep)
+        ctx.save_for_backward(xs, pre, w_gate_up, w_down, offsets)
+        ctx.sibling, ctx.activation = sibling, activation
+        return _register.with_saved(ctx, out, pre, save)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 10
+        needed = ctx.needs_input_grad[2:7]
+        grads = ctx.sibling("moe_experts_backward")(grad, *ctx.saved_tensors, ctx.activation, *needed)
+        return None, None, *_register.wanted(grads, needed), None, None, None
+
+
+class _MoE(torch.autograd.Function):
+    """`moe_forward` with its gradient; saves x, the pre-activations and the routing (and weights and b_down)."""
+
+    @staticmethod
+    def forward(
+        ctx, sibling, run, x, w_gate_up, w_down, b_gate_up, b_down, weights, offsets, source, position, activation, save
+    ):
+        keep, layer = save or any(ctx.needs_input_grad), (x, w_gate_up, w_down, b_gate_up, b_down)
+        out, pre = run(*layer, weights, offsets, source, position, activation, keep)
+        ctx.save_for_backward(x, pre, w_gate_up, w_down, b_down, weights, offsets, source, position)
+        ctx.sibling, ctx.activation = sibling, activation
+        return _register.with_saved(ctx, out, pre, save)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 13
+        needed = ctx.needs_input_grad[2:8]
+        grads = ctx.sibling("moe_backward")(grad, *ctx.saved_tensors, ctx.activation, *needed)
+        return None, None, *_register.wanted(grads, needed), *(None,) * 5
+
+
 for _function, _prepare in (
     (grouped_linear, _prepare_grouped),
     (experts, _prepare_experts),
     (forward, _prepare_forward),
 ):
-    _dispatch.register(_function, _prepare, (), f"moe.{_function.__name__}")
+    _dispatch.register(_function, _prepare, ("cpu",), f"moe.{_function.__name__}")
+if _native.module() is not None:
+    _no_derivative = _register.once_differentiable("moe.grouped_linear, experts and forward")
+    for _name, _fake, _autograd in (
+        ("moe_grouped_linear_forward", _grouped_fake, _GroupedLinear.apply),
+        ("moe_grouped_linear_backward", _grouped_backward_fake, _no_derivative),
+        ("moe_experts_forward", _experts_fake, _Experts.apply),
+        ("moe_experts_backward", _experts_backward_fake, _no_derivative),
+        ("moe_forward", _moe_fake, _MoE.apply),
+        ("moe_backward", _moe_backward_fake, _no_derivative),
+    ):
+        _register.register(_name, _fake, _autograd, "moe_experts")

@@ -156,9 +156,9 @@ void check(const Case& c) {
 
 // Draws one case of the op, says in context() what it is, and checks it.
 void attention_case(Random& random);
-void gated_linear_case(Random& random);
 void glu_case(Random& random);
 void moe_dispatch_case(Random& random);
+void moe_experts_case(Random& random);
 void moe_route_case(Random& random);
 void rotary_case(Random& random);
 

@@ -22,8 +22,9 @@ int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 200;
   Random random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
   const std::pair<const char*, void (*)(Random&)> ops[] = {
-      {"attention", attention_case},       {"gated_linear", gated_linear_case}, {"glu", glu_case},
-      {"moe_dispatch", moe_dispatch_case}, {"moe_route", moe_route_case},       {"rotary", rotary_case}};
+      {"attention", attention_case},       {"glu", glu_case},
+      {"moe_dispatch", moe_dispatch_case}, {"moe_experts", moe_experts_case},
+      {"moe_route", moe_route_case},       {"rotary", rotary_case}};
   for (const auto& [name, run] : ops) {
     for (int i = 0; i < cases; ++i) {
       context().text = std::string(name) + " case " + std::to_string(i) + ": ";

@@ -76,8 +76,8 @@ struct BarFinder {
   int64_t alive;
 
   void find(int64_t expert, int64_t count, Bar<T>* bars) const {
-    if (alive <= p.capacity || p.capacity <= 0) {  // all, or none
-      for (int64_t c = 0; c < count; ++c) bars[c] = {0, p.capacity <= 0 ? -1 : p.tokens};
+    if (alive <= p.capacity || p.capacity == 0) {  // all, or none
+      for (int64_t c = 0; c < count; ++c) bars[c] = p.capacity ? Bar<T>{0, p.tokens} : Bar<T>{BitsOf<T>(-1), -1};
       return;
     }
     BitsOf<T> prefix[kTogether] = {};

@@ -153,12 +153,16 @@ class _CombineBackward(torch.autograd.Function):
     def forward(ctx, sibling, run, grad, ys, weights, position, need_ys, need_weights):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, ys, weights, position)
-        ctx.sibling = sibling
+        ctx.sibling, ctx.found = sibling, (need_ys, need_weights)
         return run(grad, ys, weights, position, need_ys, need_weights)
 
     @staticmethod
     def backward(ctx, of_dys, of_dweights):
         grad, ys, weights, position = ctx.saved_tensors
+        # What was not asked for is an empty tensor, whatever its gradient.
+        of_dys, of_dweights = (
+            of if found else None for of, found in zip((of_dys, of_dweights), ctx.found, strict=True)
+        )
         need_grad, need_ys, need_weights = ctx.needs_input_grad[2:5]
         combine, backward = ctx.sibling("moe_combine_forward"), ctx.sibling("moe_combine_backward")
         to_grad = to_ys = to_weights = None

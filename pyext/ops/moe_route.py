@@ -58,6 +58,7 @@ def route(
         expert_bias: (E,), for "sigmoid": decides with the scores, but is in no weight and gets no gradient.
         jitter: multiply each logit by a random number of [1 - jitter, 1 + jitter).
         generator: source of the random numbers of jitter and "gshard"; None = the default generator of the device.
+            torch.compile breaks its graph at a generator (torch 2.13); with fullgraph=True, pass None and seed torch.
         groups: (n, m), for "sigmoid": a token chooses within m of n groups of experts, those whose two largest
             s + expert_bias have the largest sum.
         batch_priority: tokens claim slots in the order of their largest score.

@@ -16,7 +16,7 @@ from .._primitives import POLICIES
 from . import _places
 from ._launch import DTYPES, check, on, power_of_two, readable
 
-ELEMENTS = 1024  # of a tile of tokens and experts: eight per thread
+ELEMENTS = 512  # of a tile of tokens and experts: four per thread
 MOST_TOKENS = 16
 PARTS = 128  # programs at most that go through the tokens of a group; what they sum is summed by another
 BLOCK = 128  # experts, or groups, that are summed together

@@ -32,7 +32,7 @@ _ROWS = {
 CONFIGS = {
     ("hidden", 2): _ROWS,
     ("rows", 2): {**_ROWS, 80: (_ROWS[80][0], Config(128, 64, 64, 8, 3), _ODD)},
-    ("hidden gradient", 2): _ROWS,
+    ("hidden gradient", 2): {**_ROWS, 100: (*_ROWS[100][:2], Config(64, 32, 32, 8, 2))},
     ("weights", 2): {
         80: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3), _ODD),
         90: (Config(64, 64, 32, 4, 3), Config(128, 64, 64, 8, 3), _ODD),

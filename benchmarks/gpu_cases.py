@@ -240,6 +240,37 @@ def moe_rows(name: str, dtype: str, backward: bool, device: str, sizes: Sizes, s
     return _work(ways, ways["eager"], tuple(drawn), backward, rows * sizes.hidden * drawn[0].element_size())
 
 
+def moe_experts(dtype: str, backward: bool, device: str, sizes: Sizes, seed: int) -> Work:
+    """Eight experts, two for each token: gather, both layers and the weighted sum. The peer is given the number of rows
+    of each expert, which pyext does not read."""
+    experts, choices, hidden, inner = 8, 2, sizes.hidden, sizes.inner
+    shapes = (sizes.tokens, experts), (sizes.tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner)
+    logits, x, *weights = _draw(seed, device, dtype, *shapes)
+    leaves = (x, *(w / w.shape[2] ** 0.5 for w in weights))
+    routing = pyext.moe.route(logits, choices, renormalize=True)
+    counts = routing.offsets.diff().tolist()
+
+    def eager(x, w_gate_up, w_down):
+        parts = []
+        for rows, up, down in zip(x[routing.source].split(counts), w_gate_up, w_down, strict=True):
+            gate, value = (rows @ up.T).chunk(2, -1)
+            parts.append((F.silu(gate) * value) @ down.T)
+        return (torch.cat(parts)[routing.position] * routing.weights[..., None].to(x.dtype)).sum(1)
+
+    def own(x, *weights, impl="auto"):
+        return pyext.moe.forward(x, routing, *weights, impl=impl)
+
+    ways = {"pyext": own}
+    if pyext.explain(pyext.moe.forward, leaves[0], routing, *leaves[1:])["triton"] == "accepts":
+        ways["triton"] = partial(own, impl="triton")
+    ways["eager"], ways["torch.compile"] = eager, torch.compile(eager, dynamic=False)
+    products = 3 * (2 if backward else 1)
+    work = _work(ways, eager, leaves, backward, 0, 2.0 * sizes.tokens * choices * hidden * inner * products)
+    xs, w = x.repeat(choices, 1), leaves[1][0, :inner]
+    work.bandwidth_probe = lambda: [xs @ w.T for _ in range(products)]  # cuBLAS: the flops, as one dense layer
+    return work
+
+
 def all_cases(device: str = "cuda", sizes: Sizes | None = None) -> list[Case]:
     """For a GPU; or, to check the results of small ones, for a CPU."""
     where, cases = (device, sizes or Sizes()), []
@@ -259,6 +290,7 @@ def all_cases(device: str = "cuda", sizes: Sizes | None = None) -> list[Case]:
             for name in ("dispatch", "combine"):
                 add(f"{name} {direction}", dtype, partial(moe_rows, name, dtype, backward, *where), streams, "moe")
         add(f"route {direction}", "fp32", partial(moe_route, "fp32", backward, *where), routes, "moe")
+        add(f"experts {direction}", "bf16", partial(moe_experts, "bf16", backward, *where), multiplies, "moe")
         add(f"gated_mlp {direction}", "bf16", partial(gated_mlp, "bf16", backward, *where), multiplies, "gated_linear")
     add("rotary, gradient of the tables", "bf16", partial(rotary_tables, "bf16", *where), streams, "rotary")
     return cases

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import pyext
-from pyext._primitives import ACTIVATIONS
-from support import backends, layouts
+from pyext._primitives import ACTIVATIONS, EXPERT_ACTIVATIONS
+from support import backends, expert_layers, layouts
 from support.tolerance import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(not backends.TRITON, reason="Triton is not installed")
 if backends.TRITON:
-    from pyext.kernels import _gemm, _launch, gated_linear, glu
+    from pyext.kernels import _gemm, _groups, _launch, gated_linear, glu, moe_experts
 
 OP = "gated_mlp"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,6 +116,49 @@ def test_every_configuration_of_layers(architecture, dtype, monkeypatch):
     if not backends.HAS_GPU:
         size = torch.finfo(dtype).bits // 8
         assert used == {c for kind in ("forward", "backward") for c in gated_linear.CONFIGS[kind, size][architecture]}
+
+
+# --- Experts ---
+
+EXPERTS = {  # tokens, H, I, J, experts, choices
+    "few rows": (15, 19, 37, 21, 3, 2),
+    "multiples of 16": (75, 32, 48, 16, 2, 1),
+    "odd": (40, 19, 37, 21, 2, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", _launch.ARCHITECTURES if backends.TRITON else [])
+def test_every_configuration_of_experts(architecture, dtype, monkeypatch, session_seed):
+    used, options = set(), _gemm.Config.options
+    monkeypatch.setattr(_gemm.Config, "options", lambda self: used.add(self) or options(self))
+    if not backends.HAS_GPU:
+        monkeypatch.setattr(_gemm, "architecture", lambda device: architecture)
+    (backend,) = backends.TRITON
+    with backend.selected():
+        for n, (t, h, i, j, e, k) in enumerate(EXPERTS.values()):
+            activation = EXPERT_ACTIVATIONS[(3 * n + architecture // 10) % 8]
+            leaves = expert_layers.layer(t, h, i, e, j, activation, n != 1, seed=session_seed, device=backend.device)
+            routing = expert_layers.routed(t, e, k, session_seed, device=backend.device)
+            expert_layers.check(leaves, routing, activation, backend, dtype)
+    if not backends.HAS_GPU:
+        size = torch.finfo(dtype).bits // 8
+        assert used == {c for (_, s), table in moe_experts.CONFIGS.items() if s == size for c in table[architecture]}
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [5, 0, 200], [1] * 80, [129] + [0] * 130, [64, 64, 1]], ids=str)
+def test_schedules(counts):
+    """Every row once, in blocks of one expert each, within the bound that sizes alone give."""
+    rows, height = sum(counts) + 7, 64
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    with backends.TRITON[0].selected():
+        schedule, slots = _groups.Schedules(offsets.to(backends.TRITON[0].device), rows, unused=True).of(height)
+    (count, *_), *blocks = schedule.tolist()
+    assert count <= slots == len(blocks)
+    found = [(e, row) for e, first, end in blocks[:count] for row in range(first, min(first + height, end))]
+    owners = [e for e, size in enumerate([*counts, 7]) for _ in range(size)]
+    assert found == list(zip(owners, range(rows)))
+    assert all(end == 0 for _, _, end in blocks[count:])
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._launch import DTYPES, check, on, power_of_two, readable
 
-ELEMENTS = 1024  # of a tile: eight per thread
+ELEMENTS = 1024  # of a tile: eight per thread; twice as many in sums over choices, which hold little else
 #: Columns of a tile; its rows follow from them. Wider rows take several tiles.
 LEAST_COLUMNS, MOST_COLUMNS = 64, 1024
 
@@ -92,9 +92,9 @@ def _combine_backward_kernel(
 # --- Launchers: the arguments of the ops in csrc/moe_dispatch.cpp ---
 
 
-def _shape(columns: int) -> dict[str, int]:
+def _shape(columns: int, elements: int = ELEMENTS) -> dict[str, int]:
     columns = power_of_two(columns, LEAST_COLUMNS, MOST_COLUMNS)
-    return {"ROWS": ELEMENTS // columns, "COLUMNS": columns}
+    return {"ROWS": elements // columns, "COLUMNS": columns}
 
 
 def _programs(rows: int, columns: int, tile: dict[str, int]) -> tuple[int]:
@@ -137,7 +137,7 @@ def sum_rows(ys: Tensor, weights: Tensor | None, position: Tensor, dtype: torch.
     (tokens, choices), (rows, columns) = position.shape, ys.shape
     out = ys.new_empty((tokens, columns), dtype=dtype)
     if out.numel() > 0:
-        ys, position, tile = readable(ys), position.contiguous(), _shape(columns)
+        ys, position, tile = readable(ys), position.contiguous(), _shape(columns, 2 * ELEMENTS)
         weights = weights if weights is None else weights.contiguous()
         with on(ys.device):
             _sum_kernel[_programs(tokens, columns, tile)](

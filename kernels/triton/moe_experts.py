@@ -32,7 +32,7 @@ _ROWS = {
 CONFIGS = {
     ("hidden", 2): _ROWS,
     ("rows", 2): {**_ROWS, 80: (_ROWS[80][0], Config(128, 64, 64, 8, 3), _ODD)},
-    ("hidden gradient", 2): _ROWS,
+    ("hidden gradient", 2): {**_ROWS, 100: (*_ROWS[100][:2], Config(64, 32, 32, 8, 2))},
     ("weights", 2): {
         80: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3), _ODD),
         90: (Config(64, 64, 32, 4, 3), Config(128, 64, 64, 8, 3), _ODD),
@@ -41,8 +41,8 @@ CONFIGS = {
     **{(kind, 4): dict.fromkeys((80, 90, 100), _FP32) for kind in ("hidden", "rows", "hidden gradient")},
     ("weights", 4): dict.fromkeys((80, 90, 100), (_FP32[1], *_FP32[1:])),
 }
-#: Rows and columns of a tile where sums are over rows, or over columns; entries of a block of choices.
-BIAS_TILE, DOTS_COLUMNS, CHOICES = {"ROWS": 16, "COLUMNS": 128}, 32, 1024
+#: The tile where sums are over rows, the elements of one where they are over columns; entries of a block of choices.
+BIAS_TILE, DOTS_ELEMENTS, CHOICES = {"ROWS": 16, "COLUMNS": 128}, 2048, 1024
 
 
 # --- Kernels. Offsets are 64 bits wide: pointers to rows, then columns within them. ---
@@ -387,7 +387,7 @@ def _hidden_gradient(
         with on(grad.device):
             _bias_dots_kernel[(slots,)](
                 schedule, grad, b_down, source, dots, *counts, depth, grad.stride(0), b_down.stride(0),
-                ROWS=config.rows, COLUMNS=DOTS_COLUMNS,
+                ROWS=config.rows, COLUMNS=DOTS_ELEMENTS // config.rows,
             )  # fmt: skip
     return grad_pre, hidden, dots
 

@@ -16,8 +16,8 @@ from .._primitives import POLICIES
 from . import _places
 from ._launch import DTYPES, check, on, power_of_two, readable
 
-ELEMENTS = 1024  # of a tile of tokens and experts: eight per thread
-MOST_TOKENS = 32
+ELEMENTS = 512  # of a tile of tokens and experts: four per thread; twice as many where no choice is searched
+MOST_TOKENS = 16
 PARTS = 128  # programs at most that go through the tokens of a group; what they sum is summed by another
 BLOCK = 128  # experts, or groups, that are summed together
 
@@ -359,10 +359,10 @@ def _by_expert(
 # --- Launchers: the arguments of the ops in csrc/moe_route.cpp ---
 
 
-def _tile(experts: int) -> dict[str, int]:
+def _tile(experts: int, elements: int = ELEMENTS) -> dict[str, int]:
     padded = power_of_two(experts, 16, 2**30)
     warps = power_of_two(padded // 256, 4, 16)
-    return {"TOKENS": power_of_two(ELEMENTS // padded, 1, MOST_TOKENS), "EXPERTS": padded, "num_warps": warps}
+    return {"TOKENS": power_of_two(elements // padded, 1, MOST_TOKENS), "EXPERTS": padded, "num_warps": warps}
 
 
 def _check(logits: Tensor, token_mask: Tensor | None, policy: int) -> None:
@@ -531,7 +531,7 @@ def moe_route_backward(
     out = logits.new_empty(logits.shape)
     if out.numel() == 0:
         return out
-    logits, tile = readable(logits), _tile(experts)
+    logits, tile = readable(logits), _tile(experts, 2 * ELEMENTS)
     blocks = triton.cdiv(tokens, tile["TOKENS"])
     alive = None if token_mask is None else token_mask.sum(1, dtype=torch.int32)
     with on(logits.device):

@@ -300,7 +300,7 @@ for _function, _prepare in (
     (experts, _prepare_experts),
     (forward, _prepare_forward),
 ):
-    _dispatch.register(_function, _prepare, ("cpu",), f"moe.{_function.__name__}")
+    _dispatch.register(_function, _prepare, ("cpu", "triton"), f"moe.{_function.__name__}")
 if _native.module() is not None:
     _no_derivative = _register.once_differentiable("moe.grouped_linear, experts and forward")
     for _name, _fake, _autograd in (

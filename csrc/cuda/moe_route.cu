@@ -13,6 +13,7 @@ PYEXT_DEVICE void limit_groups(const RouteProblem& p, float* values, float* grou
   const int experts = int(p.experts), count = int(p.expert_groups), width = experts / count;
   for (int group = lane; group < count; group += kLanes) {
     float best = -INFINITY, second = -INFINITY;
+#pragma unroll 1
     for (int i = 0; i < width; ++i) {
       const float value = values[group * width + i];
       second = fmaxf(second, fminf(best, value)), best = fmaxf(best, value);
@@ -21,6 +22,7 @@ PYEXT_DEVICE void limit_groups(const RouteProblem& p, float* values, float* grou
   }
   __syncwarp();
   uint64_t last = ~uint64_t(0);
+#pragma unroll 1
   for (int i = 0; i < p.top_groups; ++i) last = next_best(groups, count, last, lane);
   for (int e = lane; e < experts; e += kLanes)
     if (place_of(groups[e / width], e / width) < last) values[e] = -INFINITY;
@@ -45,6 +47,7 @@ PYEXT_DEVICE void choose_best(const RouteProblem& p, const Ranking& r, const T* 
   uint64_t last = ~uint64_t(0);
   float total = 0, largest = 0, own_gate = 0;
   int own = -1;
+#pragma unroll 1
   for (int k = 0; k < columns; ++k) {
     last = next_best(r.values, experts, last, lane);
     const int e = index_of(last);
@@ -61,6 +64,7 @@ PYEXT_DEVICE void choose_best(const RouteProblem& p, const Ranking& r, const T* 
   }
   if (!whole) return;
   if (logistic) total += kEpsilon;
+#pragma unroll 1
   for (int k = lane; k < columns; k += kLanes) weights[k] /= total;
   // The second choice is kept with probability min(1, 2 g2).
   if (p.policy == Policy::gshard && lane == 1 && 2 * weights[1] <= p.uniform[r.token]) index[1] = -1, weights[1] = 0;
@@ -77,14 +81,16 @@ PYEXT_DEVICE float rank_sigmoid(const RouteProblem& p, const BlockSpace& space, 
   float *const values = space.values, *const sums = space.sums;
   const int experts = int(p.experts);
   float total = 0, largest = 0;
+#pragma unroll 2
   for (int e = lane; e < experts; e += kLanes) {
     const float score = sigmoid(values[e]);
     total += score, largest = fmaxf(largest, score);
   }
-  total = warp_sum(total) + kEpsilon;
+  const float inverse = 1.0f / (warp_sum(total) + kEpsilon);
+#pragma unroll 2
   for (int e = lane; e < experts; e += kLanes) {
     const float score = sigmoid(values[e]);
-    sums[e] += score / total;
+    sums[e] += score * inverse;
     if (ranked) values[e] = bias ? score + bias[e] : score;
   }
   __syncwarp();
@@ -100,6 +106,7 @@ PYEXT_DEVICE void count_best(const RouteProblem& p, const T* logits, float* valu
   for (int e = lane; e < experts; e += kLanes) values[e] = ptx::to_float(logits[e]);
   __syncwarp();
   uint64_t last = ~uint64_t(0);
+#pragma unroll 1
   for (int k = 0; k < p.columns; ++k) {
     last = next_best(values, experts, last, lane);
     if (lane == 0) atomicAdd(counts + index_of(last), 1);
@@ -117,6 +124,7 @@ PYEXT_DEVICE float choose(const RouteProblem& p, const Workspace& w, int64_t gro
   float *const values = space.values, *const sums = space.sums;
   const Softmax softmax = read_row(logits, values, experts, lane);
   if (p.policy == Policy::expert_choice) {
+#pragma unroll 2
     for (int e = lane; e < experts; e += kLanes) {
       const float score = softmax.score(values[e]);
       static_cast<float*>(p.weights)[token * experts + e] = score;
@@ -129,6 +137,7 @@ PYEXT_DEVICE float choose(const RouteProblem& p, const Workspace& w, int64_t gro
   if (logistic) {
     largest = rank_sigmoid(p, space, lane);
   } else {
+#pragma unroll 2
     for (int e = lane; e < experts; e += kLanes) sums[e] += softmax.score(values[e]);
     largest = softmax.score(softmax.largest);
     __syncwarp();

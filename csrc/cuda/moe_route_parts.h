@@ -20,9 +20,10 @@ constexpr int kWideBlocks = 256;
 PYEXT_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 struct Softmax {
-  float largest, sum;
+  float largest, sum, inverse;  // a quotient for each expert would cost more than all else
 
-  PYEXT_DEVICE float score(float logit) const { return expf(logit - largest) / sum; }
+  PYEXT_DEVICE Softmax(float largest, float sum) : largest(largest), sum(sum), inverse(1.0f / sum) {}
+  PYEXT_DEVICE float score(float logit) const { return expf(logit - largest) * inverse; }
   PYEXT_DEVICE float logarithm() const { return largest + logf(sum); }  // of the sum of all exp(logit)
 };
 
@@ -33,7 +34,7 @@ PYEXT_DEVICE Softmax read_row(const T* logits, float* values, int count, int lan
   for (int i = lane; i < count; i += kLanes) values[i] = ptx::to_float(logits[i]), largest = fmaxf(largest, values[i]);
   largest = warp_max(largest);
   for (int i = lane; i < count; i += kLanes) sum += expf(values[i] - largest);
-  return {largest, warp_sum(sum)};
+  return Softmax(largest, warp_sum(sum));
 }
 
 // Whether the weights of a token's choices sum to 1.

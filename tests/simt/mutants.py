@@ -255,7 +255,7 @@ MUTANTS = [
         "plain",
     ),
     Mutant("moe_route", "the best is chosen again", "if (place < last &&", "if (place <= last &&", "plain"),
-    Mutant("moe_route", "-0 below 0", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)", "plain"),
+    Mutant("moe_route", "-0 below 0", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)", "many choices"),
     Mutant(
         "moe_route",
         "choices of the last lanes left out",
@@ -266,7 +266,7 @@ MUTANTS = [
     Mutant("moe_route", "a slot too many", "rank < p.capacity", "rank <= p.capacity", "capacity"),
     Mutant(
         "moe_route",
-        "second choices claim with the first",
+        "tokens claim in their own order",
         "order[segment * p.tokens + place] : place",
         "place : place",
         "priority",
@@ -277,13 +277,7 @@ MUTANTS = [
     ),
     Mutant("moe_route", "second choices kept too often", "2 * weights[1] <= p", "weights[1] <= p", "second choices"),
     Mutant("moe_route", "the second best of a group is the best", "fminf(best, value))", "value)", "groups"),
-    Mutant(
-        "moe_route",
-        "groups decide whom the loss counts",
-        "const bool apart = logistic &&",
-        "const bool apart = false &&",
-        "groups",
-    ),
+    Mutant("moe_route", "every lane counts", "if (lane == 0) atomicAdd(counts", "atomicAdd(counts", "groups"),
     Mutant(
         "moe_route",
         "scores read before all are written",

@@ -325,7 +325,8 @@ void pack_chunks(DType dtype, const Rows& rows, int64_t padded, int64_t features
 template <class T>
 constexpr DType kWide = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
-// to[t] = sum_k weights[t, k] rows[position[t, k]], in the order of k, rounded once; weights null: 1.
+// to[t] = sum_k weights[t, k] rows[position[t, k]], in the order of k, rounded once; weights null: 1. Each product is
+// rounded to T before it is added: rows that other processes weighted add up to the same bits (ExpertParallel).
 template <class T>
 void sum_rows(const ExpertsProblem& p, const Parallel& parallel, const T* rows, int64_t width, const T* weights,
               const Output& to) {
@@ -338,7 +339,9 @@ void sum_rows(const ExpertsProblem& p, const Parallel& parallel, const T* rows, 
         for (int64_t k = t * p.choices; k < (t + 1) * p.choices; ++k) {
           if (p.position[k] < 0) continue;
           const Vec<T> row = load_part<T>(kWide<T>, (const char*)(rows + p.position[k] * width + c), width - c);
-          sum = weights ? vfma(vset(weights[k]), row, sum) : vadd(row, sum);
+          Vec<T> product = weights ? vmul(vset(weights[k]), row) : row;
+          asm("" : "+x"(product));  // or the compiler would fuse the two
+          sum = vadd(product, sum);
         }
         store_part<T>(p.dtype, out + c * element_size(p.dtype), width - c, sum);
       }

@@ -167,10 +167,9 @@ def compare(case: Case, dtype, impl: str, seed: int, exact: bool):
             if exact and dtype == wide:
                 assert torch.equal(mine, yours), f"{name}: {(mine - yours).abs().max()} apart"
             else:
+                apart, most = (mine.to(wide) - yours).abs(), yours.abs()
                 tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 4e-2)
-                torch.testing.assert_close(
-                    mine.to(wide), yours.to(wide), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-                )
+                assert apart.numel() == 0 or apart.max() <= tolerance * max(1, most.max()), f"{name}: {apart.max()}"
 
 
 class Model(torch.nn.Module):

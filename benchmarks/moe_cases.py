@@ -4,6 +4,11 @@ Routing reads the logits once; its floor is that, and what it is held against is
 bytes: each row of an expert is read and written (the gradients of combine: read twice, and written). What they are held
 against is the bandwidth of `copy_` between two tensors that are there already; pyext's time also has the fresh results,
 whose pages the system has to make.
+
+Experts multiply: 2 flops for each weight of a row forward, twice as many backward; one token reads the weights of its
+experts. What is timed is the whole block, routing included, beside Transformers' Mixtral with the same weights in each
+of its ways to run experts; what is checked is the layer behind one fixed routing, since a router's decisions may
+differ with its dtype.
 """
 
 from __future__ import annotations
@@ -16,11 +21,32 @@ import torch.nn.functional as F
 import pyext
 
 from .attention_cases import DTYPES
-from .harness import Case, Contender, Figure, Tensors, Work, percent_of_bandwidth, speedup
+from .harness import (
+    Case,
+    Contender,
+    Figure,
+    Tensors,
+    Work,
+    percent_of_bandwidth,
+    percent_of_peak,
+    speedup,
+    time_ratio,
+)
+from .peers import fastest_reader
 
 ROUTED = (32768, 128, 8)  # tokens, experts, choices
 MOVED = (32768, 1024, 8, 2)  # tokens, features, experts, choices
+LAYERS = (2048, 512, 1024, 8, 2), (512, 512, 512, 64, 4)  # tokens, features, hidden features, experts, choices
+ONE_TOKEN = (1, 512, 1024, 8, 2)
+COPIES = 4  # of the weights of one token, taken in turn, so that they come from memory
 EAGER = "eager"
+#: Transformers' ways to run the experts of a block.
+IMPLEMENTATIONS = (EAGER, "grouped_mm", "batched_mm")
+#: Speed-ups over the best of them: (shape, dtype) -> forward, forward and backward.
+TIMES = {
+    (LAYERS[0], "fp32"): (2.1, 2.0), (LAYERS[0], "bf16"): (1.1, 1.2),
+    (LAYERS[1], "fp32"): (2.6, 2.4), (LAYERS[1], "bf16"): (1.8, 1.8),
+}  # fmt: skip
 #: (policy, what else `route` gets) of the cases of routing.
 POLICIES = (
     ("softmax_topk", {}),
@@ -178,6 +204,153 @@ def combine_work(direction: str, dtype: str, seed: int) -> Work:
     )
 
 
+# --- Experts ---------------------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """x and the weights of a Mixtral block: router, experts."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, generator: torch.Generator):
+        tokens, features, hidden, experts, self.top_k = shape
+        sizes = (tokens, features), (experts, features), (experts, 2 * hidden, features), (experts, features, hidden)
+        drawn = [torch.randn(size, generator=generator) for size in sizes]
+        self.leaves = [(t if i == 0 else t / t.shape[-1] ** 0.5).to(DTYPES[dtype]) for i, t in enumerate(drawn)]
+        # As many weights as a token needs, in two halves for `fastest_reader`.
+        used = self.top_k * sum(w[0].numel() for w in self.leaves[2:])
+        self.key, self.value = self.leaves[2].view(-1)[:used].chunk(2)
+
+    def own(self, x, router, w_gate_up, w_down):
+        routing = pyext.moe.route(F.linear(x, router), self.top_k, renormalize=True)
+        return pyext.moe.forward(x, routing, w_gate_up, w_down)
+
+    def peer(self, implementation: str) -> Callable:
+        """The block of Transformers; gradients go to its own parameters, which share the memory of ours."""
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        x, router, w_gate_up, w_down = self.leaves
+        experts, _, hidden = w_down.shape
+        config = MixtralConfig(
+            hidden_size=x.shape[1], intermediate_size=hidden, num_local_experts=experts, num_experts_per_tok=self.top_k
+        )
+        config._experts_implementation = implementation
+        with torch.device("meta"):
+            block = MixtralSparseMoeBlock(config)
+
+        def call(x, router, w_gate_up, w_down):
+            named = {"gate.weight": router, "experts.gate_up_proj": w_gate_up, "experts.down_proj": w_down}
+            out = torch.func.functional_call(block, named, (x[None],))
+            return (out[0] if isinstance(out, tuple) else out).view(x.shape)
+
+        return call
+
+    def ways(self) -> dict[str, Callable]:
+        # batched_mm copies the weights of every token's experts, which many tokens have no memory for.
+        peers = IMPLEMENTATIONS if len(self.leaves[0]) == 1 else IMPLEMENTATIONS[:2]
+        return {"pyext": self.own, **{name: self.peer(name) for name in peers}}
+
+
+def _results(layer: Layer, grad: torch.Tensor, way: Callable, to: torch.dtype) -> Tensors:
+    """out and gradients of way(x, w_gate_up, w_down)."""
+    x, _, w_gate_up, w_down = (t.to(to).requires_grad_() for t in layer.leaves)
+    out = way(x, w_gate_up, w_down)
+    grads = torch.autograd.grad(out, (x, w_gate_up, w_down), grad.to(to))
+    return {"out": out.detach(), **dict(zip(("grad_x", "grad_w_gate_up", "grad_w_down"), grads, strict=True))}
+
+
+def _checked(layer: Layer, grad: torch.Tensor) -> dict[str, Callable]:
+    """`got` and `truth` of a Work, behind the routing that the router of this dtype decides."""
+    x, router, *_ = layer.leaves
+    routing = pyext.moe.route(F.linear(x, router), layer.top_k, renormalize=True)
+
+    def own(x, w_gate_up, w_down):
+        return pyext.moe.forward(x, routing, w_gate_up, w_down)
+
+    def eager(x, w_gate_up, w_down):
+        out = torch.zeros_like(x)
+        for e in range(len(w_down)):
+            token, choice = (routing.expert_index == e).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], w_gate_up[e]).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, w_down[e]) * routing.weights[token, choice, None].to(x.dtype)
+            out = out.index_add(0, token, y)
+        return out
+
+    return {
+        "got": lambda: _results(layer, grad, own, x.dtype),
+        "truth": lambda to: _results(layer, grad, eager, to),
+        "dtype": x.dtype,
+    }
+
+
+def _call(direction: str, way: Callable, leaves: list[torch.Tensor], grad: torch.Tensor) -> Callable:
+    def forward():
+        with torch.no_grad():
+            way(*leaves)
+
+    recorded = [t.detach().requires_grad_() for t in leaves]
+    return forward if direction == "forward" else lambda: torch.autograd.grad(way(*recorded), recorded, grad)
+
+
+def layer_work(shape: tuple[int, ...], direction: str, dtype: str, seed: int) -> Work:
+    """The whole block, many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    layer, (tokens, features, hidden, _, top_k) = Layer(shape, dtype, generator), shape
+    grad = torch.randn(tokens, features, generator=generator).to(DTYPES[dtype])
+    flops = 6.0 * tokens * top_k * features * hidden
+    return Work(
+        [Contender(name, _call(direction, way, layer.leaves, grad)) for name, way in layer.ways().items()],
+        flops=flops if direction == "forward" else 3 * flops,
+        **_checked(layer, grad),
+    )
+
+
+def skewed_work(shape: tuple[int, ...], dtype: str, seed: int) -> Work:
+    """moe.forward with four choices of five at one expert, beside the same number of rows spread evenly."""
+    generator = torch.Generator().manual_seed(seed)
+    layer, (tokens, features, _, experts, _) = Layer(shape, dtype, generator), shape
+    x, _, w_gate_up, w_down = layer.leaves
+    token = torch.arange(tokens)
+    choices = {"pyext": torch.where(token % 5 < 4, 0, 1 + token % (experts - 1)), "balanced": token % experts}
+
+    def call(expert):
+        routing = pyext.moe.route(20 * F.one_hot(expert, experts).float(), 1)
+        return _call("forward", lambda *_: pyext.moe.forward(x, routing, w_gate_up, w_down), layer.leaves, x)
+
+    grad = torch.randn(tokens, features, generator=generator).to(DTYPES[dtype])
+    return Work([Contender(name, call(expert)) for name, expert in choices.items()], **_checked(layer, grad))
+
+
+def one_token_work(dtype: str, seed: int) -> Work:
+    """One token: bound by reading the weights of its experts. Every call takes the next of several layers."""
+    generator = torch.Generator().manual_seed(seed)
+    copies = [Layer(ONE_TOKEN, dtype, generator) for _ in range(COPIES)]
+    turn = 0
+
+    def following() -> Layer:
+        nonlocal turn
+        turn += 1
+        return copies[turn % COPIES]
+
+    def call(name):
+        ways = {id(layer): layer.ways()[name] for layer in copies}
+
+        def run():
+            layer = following()
+            with torch.no_grad():
+                ways[id(layer)](*layer.leaves)
+
+        return run
+
+    read = fastest_reader([(layer.key, layer.value) for layer in copies])
+    grad = torch.randn(copies[0].leaves[0].shape, generator=generator).to(DTYPES[dtype])
+    return Work(
+        [Contender(name, call(name)) for name in ("pyext", *IMPLEMENTATIONS)],
+        bytes=copies[0].key.nbytes + copies[0].value.nbytes,
+        bandwidth_probe=lambda: read(following()),
+        **_checked(copies[0], grad),
+    )
+
+
 # --- The list --------------------------------------------------------------------------------------------------------
 
 
@@ -204,4 +377,23 @@ def all_cases() -> list[Case]:
             figures = speedup(EAGER), percent_of_bandwidth(70, what="copy")
             name, title = f"moe/{what}/{name_of(MOVED)}/{dtype}", f"{what.replace('/', ', ')}, {MOVED}"
             cases.append(Case(name, "moe_dispatch", title, dtype, figures, setup, op="moe_dispatch"))
+        cases += _expert_cases(dtype)
+    return cases
+
+
+def _expert_cases(dtype: str) -> list[Case]:
+    cases = []
+    for shape in LAYERS:
+        for direction, times in zip(("forward", "forward+backward"), TIMES[shape, dtype], strict=True):
+            name, title = f"moe/layer/{direction}/{name_of(shape)}/{dtype}", f"experts, {direction}, {shape}"
+            figures = *(speedup(peer, times) for peer in IMPLEMENTATIONS[:2]), percent_of_peak()
+            setup = _setup(layer_work, shape, direction, dtype)
+            cases.append(Case(name, "moe_experts", title, dtype, figures, setup, peak=dtype, op="moe_experts"))
+    name, title = f"moe/skewed/{name_of(LAYERS[0])}/{dtype}", f"experts, four fifths to one, {LAYERS[0]}"
+    figures = (time_ratio("balanced", 1.15),)
+    setup = _setup(skewed_work, LAYERS[0], dtype)
+    cases.append(Case(name, "moe_experts", title, dtype, figures, setup, op="moe_experts"))
+    name, title = f"moe/one_token/{name_of(ONE_TOKEN)}/{dtype}", f"experts, one token, {ONE_TOKEN}"
+    figures = *(speedup(peer) for peer in IMPLEMENTATIONS), percent_of_bandwidth(70)
+    cases.append(Case(name, "moe_experts", title, dtype, figures, _setup(one_token_work, dtype), op="moe_experts"))
     return cases

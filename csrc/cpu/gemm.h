@@ -212,11 +212,15 @@ void pack_columns(DType dtype, const Source& rows, int64_t features, int64_t wid
     // Ascending r and k: where width is no multiple of 8 the surplus lanes are overwritten by what comes next.
     for (int64_t k = 0; k < depth; k += 8) {
       int64_t steps = min_of<int64_t>(8, depth - k);
+      const bool as_is = (C::pair == 2 || dtype == DType::f32) && features - k * C::pair >= 8 * C::pair;
       __m256 block[8];
       for (int64_t r = 0; r < width; r += 8) {
         UNROLL for (int i = 0; i < 8; ++i) {
           const char* row = rows[r + i];
-          block[i] = row ? load8<C>(dtype, row, k, features) : _mm256_setzero_ps();
+          if (!row)
+            block[i] = _mm256_setzero_ps();
+          else
+            block[i] = as_is ? _mm256_loadu_ps((const float*)row + k) : load8<C>(dtype, row, k, features);
         }
         transpose8(block);
         UNROLL for (int s = 0; s < 8; ++s) if (s < steps) _mm256_storeu_ps(dst + (k + s) * width + r, block[s]);

@@ -141,7 +141,10 @@ struct ColumnsOf {
   T* packed;
   INLINE const T* at(int64_t n, int64_t k, int64_t steps) const {
     const int64_t first = k * C::pair, count = min_of(steps * C::pair, features - first);
-    pack_columns<C>(dtype, rows.from(n * kPanel<T>, first * element_size(dtype)), count, kPanel<T>, packed);
+    const Source from = rows.from(n * kPanel<T>, first * element_size(dtype));
+    const char* found[kPanel<T>];  // once, not for every few steps
+    for (int r = 0; r < kPanel<T>; ++r) found[r] = from[r];
+    pack_columns<C, const char* const*>(dtype, found, count, kPanel<T>, packed);
     return packed;
   }
   INLINE Ahead<Source> ahead(int64_t n, int64_t k, int64_t asks) const {

@@ -230,7 +230,7 @@ def _xlnet_attention(self, h, g, attn_mask_h, attn_mask_g, r, seg_mat, mems=None
                      output_attentions=False):  # fmt: skip
     """`XLNetRelativeAttention.forward`."""
     call = getattr(self, "_pyext_call", None)
-    if call is None or attn_mask_h is not None or seg_mat is not None:  # called by something else than its model
+    if call is None:  # something else than its model calls it
         return self._pyext_original.forward(
             self, h, g, attn_mask_h, attn_mask_g, r, seg_mat, mems, target_mapping, output_attentions
         )

@@ -11,6 +11,7 @@ from ... import moe as _moe
 from ..._primitives import Routing, acc_dtype
 from ...ops.gated_linear import gated_linear, gated_mlp
 from ...reference.moe_route import maps
+from ._masks import ModelMask
 from ._swap import original_class, same_code
 
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
@@ -209,3 +210,15 @@ def nllb(module: nn.Module, cls: type) -> str | None:
     if cls.__name__ != "NllbMoeSparseMLP":
         return None
     return "its experts read the router's mask of zeros and ones as indices; pyext.nn.MoE(policy='gshard') is the layer"
+
+
+def _nllb_layer(self, hidden_states, padding_mask=None):
+    """`NllbMoeSparseMLP.forward`, whose router reads padding from the last row of the mask, nonzero = hidden."""
+    if isinstance(padding_mask, ModelMask):
+        padding_mask = ~padding_mask.last_row(hidden_states.device)
+    return self._pyext_original.forward(self, hidden_states, padding_mask)
+
+
+def nllb_router(module: nn.Module, cls: type) -> dict[str, Callable] | None:
+    """The methods of the layer around NLLB's router."""
+    return {"forward": _nllb_layer} if cls.__name__ == "NllbMoeSparseMLP" else None

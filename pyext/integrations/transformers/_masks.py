@@ -15,17 +15,19 @@ from transformers import masking_utils
 
 from ... import _checks
 from ... import masks as _masks
+from ..._primitives import Sizes
 
 
 class ModelMask(_masks.Mask):
     """A mask for all layers of one call of a model. Lowered once; its `shape` is what a tensor in its place would have.
 
-    `ndim` is 0: code that asks whether it got a padding mask (2) or a ready-made tensor (4) finds neither. `gapless`
-    says that the tokens of each sequence are known to stand side by side, with padding before or after them only.
+    `ndim` is 5: models that ask whether they got a padding mask (2, or less than 4) or a ready-made tensor (4) find
+    neither. `gapless` says that the tokens of each sequence are known to stand side by side, with padding before or
+    after them only.
     """
 
     label = "the mask of a Transformers model"
-    ndim = 0
+    ndim = 5
 
     def __init__(self, mask: _masks.Mask, shape: tuple, gapless: bool = False):
         self.mask, self.shape, self.gapless = mask, shape, gapless
@@ -43,6 +45,14 @@ class ModelMask(_masks.Mask):
     def contiguous(self) -> "ModelMask":
         """Itself: what `generate` asks of the masks that it makes beforehand."""
         return self
+
+    def last_row(self, device: torch.device) -> Tensor:
+        """The keys that the last query sees, bool (B, 1, 1, Lk)."""
+        batch, _, queries, keys = self.shape
+        sizes = Sizes((batch,), 1, queries, keys, device, torch.float32)
+        b, h, i, j = (torch.arange(n, device=device) for n in (batch, 1, 1, keys))
+        index = b.view(-1, 1, 1, 1), h.view(1, 1, 1, 1), i.view(1, 1, 1, 1) + (queries - 1), j.view(1, 1, 1, -1)
+        return self.visible(*index, sizes).expand(batch, 1, 1, keys)
 
     def lower(self, sizes):
         if not _checks.is_eager():

@@ -18,6 +18,7 @@ _RULES: tuple[tuple[str, Callable], ...] = (
     ("gated feed-forward", _feed_forward.gated),
     ("mixture of experts", _feed_forward.switch),
     ("mixture of experts", _feed_forward.nllb),
+    ("mask of the router", _feed_forward.nllb_router),
 )
 _ATTENTION, _EXPERTS = "attention", "mixture of experts"
 
@@ -124,7 +125,7 @@ def methods_of(module: nn.Module) -> dict:
     for _, rule in _RULES:
         found = rule(module, original_class(module))
         if found is not None and not isinstance(found, str):
-            methods.update(found)
+            methods = {**found, **methods}  # the first rule counts
     return methods
 
 

@@ -9,12 +9,16 @@ or, for what Transformers' registries reach, `register()` and then `attn_impleme
 
 import transformers
 
-_NEEDED = 5
-if int(transformers.__version__.split(".")[0]) < _NEEDED:
-    raise ImportError(
-        f"pyext.integrations.transformers needs transformers >= {_NEEDED}, whose registries of masks and experts it "
-        f"extends, found {transformers.__version__}; pyext.attention and pyext.nn work with any release"
-    )
+
+def _check_release(version: str) -> None:
+    if int(version.split(".")[0]) < 5:
+        raise ImportError(
+            "pyext.integrations.transformers needs transformers >= 5, whose registries of masks and experts it "
+            f"extends, found {version}; pyext.attention and pyext.nn work with any release"
+        )
+
+
+_check_release(transformers.__version__)
 
 from ._attention import attention_forward  # noqa: E402
 from ._feed_forward import experts_forward  # noqa: E402

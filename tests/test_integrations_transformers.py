@@ -181,6 +181,23 @@ def test_a_finished_mask_stays_as_it_is():
 # --- patch and unpatch ---
 
 
+def test_linear_layers_of_slow_products(monkeypatch):
+    """As on a CPU where pyext's matrix products are the faster ones, with and without adapters."""
+    slow = importlib.import_module("pyext.integrations.transformers._linear")
+    monkeypatch.setattr(slow, "torch_is_slow", lambda: True)
+    model = llama()
+    ops = ("attention", "gated_mlp", "moe.grouped_linear")
+    agree(model, dict(input_ids=tokens()), family="", name="linear layers", ops=ops)
+    sizes = dict(vocab_size=VOCABULARY, d_model=32, n_layer=1, n_head=4, d_inner=48, dropout=0.0)
+    xlnet = tiny(transformers.XLNetModel, transformers.XLNetConfig(**sizes))
+    agree(xlnet, dict(input_ids=tokens(), use_mems=False), family="", name="XLNet", ops=ops[::2], buckets=False)
+    with Watch() as watch:
+        patched(model)(tokens(3, 2))  # too few rows
+    assert "moe.grouped_linear" not in watch.ops
+    monkeypatch.setattr(slow, "torch_is_slow", lambda: False)
+    assert not any(part == "linear" for part, _ in ours.patch(model).replaced)
+
+
 def test_patch_is_of_the_instance_and_can_be_undone():
     shared = config()
     model, other = (transformers.LlamaForCausalLM(shared).eval() for _ in range(2))

@@ -11,6 +11,7 @@ from ...nn.deberta import DisentangledAttention
 from ...nn.positions import alibi_slopes
 from ...nn.xlnet import XLNetAttention
 from ._attention import attend
+from ._linear import linear
 from ._masks import ModelMask, padding
 from ._positions import rotate_halves, rotating
 
@@ -241,6 +242,11 @@ def _xlnet_attention(self, h, g, attn_mask_h, attn_mask_g, r, seg_mat, mems=None
     return (*out, None) if output_attentions else out
 
 
+def _xlnet_heads(self, states, weight):
+    """`XLNetAttention._heads`, through the product that `patch` gives to linear layers."""
+    return linear(states, weight.flatten(1).t()).unflatten(-1, (self.n_head, self.d_head)).permute(1, 2, 0, 3)
+
+
 # --- Which is which ---
 
 
@@ -269,7 +275,8 @@ _METHODS: dict[tuple[str, str], dict] = {
     ("xlnet", "XLNetModel"): {"forward": _xlnet_model},
     ("xlnet", "XLNetRelativeAttention"): {
         "forward": _xlnet_attention,
-        **_borrowed(XLNetAttention, "_heads", "_rows", "_attend"),
+        **_borrowed(XLNetAttention, "_rows", "_attend"),
+        "_heads": _xlnet_heads,
     },
 }
 #: Classes outside of the attention registry whose masks come from the mask registry all the same.

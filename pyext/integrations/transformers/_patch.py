@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import _families, _feed_forward, _positions
+from . import _families, _feed_forward, _linear, _positions
 from ._swap import original_class, replace, restore
 
 #: What `patch` looks for, in this order: what it is called in the report, and what says how a module is replaced.
@@ -19,6 +19,8 @@ _RULES: tuple[tuple[str, Callable], ...] = (
     ("mixture of experts", _feed_forward.switch),
     ("mixture of experts", _feed_forward.nllb),
     ("mask of the router", _feed_forward.nllb_router),
+    ("activation", _feed_forward.bloom_gelu),
+    ("linear", _linear.plain_linear),
 )
 _ATTENTION, _EXPERTS = "attention", "mixture of experts"
 
@@ -51,7 +53,8 @@ def patch(model: nn.Module) -> Report:
 
     Attention goes through `attn_implementation="pyext"` where the model asks the registry, experts likewise; layers
     that ask none are replaced: the attention of DeBERTa, XLNet, XLM, BLOOM, GPT, GPT-J, GPT-Neo, Falcon and ImageGPT,
-    T5's position bias (and its relatives'), rotary embeddings, gated feed-forward layers, Switch's experts and router.
+    T5's position bias (and its relatives'), rotary embeddings, gated feed-forward layers, Switch's experts and router;
+    on CPUs where torch's matrix products are slow, linear layers in fp32.
     Parameters, their names and the state_dict stay as they are; attention weights are not returned.
 
     Args:

@@ -86,10 +86,11 @@ def test_attention_function(given):
     torch.testing.assert_close(out, pyext.attention(q, k, v, **wanted).transpose(1, 2))
 
 
-def test_attention_function_refuses_paged_caches():
+def test_attention_function_refuses_what_it_lacks():
     x = torch.randn(1, 1, 2, 8)
-    with pytest.raises(ValueError, match='cache must be None with attn_implementation="pyext"'):
-        ours.attention_forward(torch.nn.Module(), x, x, x, None, cache=object())
+    for name in ("cache", "indices", "block_indices", "sinks"):
+        with pytest.raises(ValueError, match=f'{name} must be None with attn_implementation="pyext"'):
+            ours.attention_forward(torch.nn.Module(), x, x, x, None, **{name: object()})
 
 
 def test_window_in_every_second_layer_softcap_and_two_scales():
@@ -100,6 +101,19 @@ def test_window_in_every_second_layer_softcap_and_two_scales():
         model, dict(input_ids=tokens(), attention_mask=mask), family="", name="Gemma 2", keep=mask.bool(),
         ops=("attention", "gated_mlp", "rotary"),
     )  # fmt: skip
+
+
+def test_models_of_attention_that_is_not_known():
+    """BigBird-Pegasus: its encoder computes with the mask itself, so the decoder keeps its attention, too."""
+    sizes = dict(vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4)
+    made = transformers.BigBirdPegasusConfig(
+        **sizes, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64
+    )
+    model = tiny(transformers.BigBirdPegasusModel, made)
+    report = ours.patch(twin := copy.deepcopy(model))
+    assert any("shares its masks" in why for _, _, why in report.left)
+    given = dict(input_ids=tokens(), attention_mask=padding(), decoder_input_ids=tokens(9))
+    torch.testing.assert_close(twin(**given)[0], model(**given)[0], rtol=1e-4, atol=1e-5)
 
 
 # --- Masks ---
@@ -232,10 +246,9 @@ def test_report():
     assert "  left as it was: nothing" in str(report)
     left = ours.patch(llama(hidden_act="relu2")).left
     assert list(left) == [("gated feed-forward", "LlamaMLP", "no kernel for the activation ReLUSquaredActivation")]
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
-    (unknown,) = {why for _, _, why in ours.patch(transformers.FunnelModel(transformers.FunnelConfig(
-        vocab_size=VOCABULARY, d_model=32, n_head=4, d_inner=48, block_sizes=[1])) ).left}  # fmt: skip
-    assert unknown == "it asks no registry, and pyext does not know it" and sizes
+    sizes = dict(vocab_size=VOCABULARY, d_model=32, n_head=4, d_inner=48, block_sizes=[1])
+    (unknown,) = {why for _, _, why in ours.patch(transformers.FunnelModel(transformers.FunnelConfig(**sizes))).left}
+    assert unknown == "neither the registry nor pyext has what it computes"
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         ours.patch("t5-small")
 

@@ -6,6 +6,10 @@ from ... import bias as _bias
 from ... import masks as _masks
 from ...ops.attention import attention
 
+#: What models may pass that changes what attention computes, and that pyext does not have: pages of continuous
+#: batching, chosen keys, one sink per query.
+UNKNOWN = ("cache", "indices", "block_indices", "sinks")
+
 
 class NoBias(_bias.Bias):
     """Stands where a model would make a bias of zeros if it got none."""
@@ -42,9 +46,12 @@ def attention_forward(
         **options: what other implementations look at.
     Returns:
         (B, Lq, Hq, Dv), and None for the attention weights, which are never made.
+    Raises:
+        ValueError for one of `UNKNOWN`; else as `pyext.attention`.
     """
-    if options.get("cache") is not None:
-        raise ValueError('cache must be None with attn_implementation="pyext": continuous batching takes another one')
+    for name in UNKNOWN:
+        if options.get(name) is not None:
+            raise ValueError(f'{name} must be None with attn_implementation="pyext": choose another implementation')
     within = None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

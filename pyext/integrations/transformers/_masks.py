@@ -131,6 +131,10 @@ _BY_CODE = {
 }
 
 
+#: Models whose layers compute with their mask before they hand it to attention.
+_COMPUTE_WITH_MASKS = {"doge"}
+
+
 def read(mask_function: Callable) -> Rules | None:
     """What a mask function of Transformers says; None where it is none of the known ones."""
     if mask_function is masking_utils.causal_mask_function:
@@ -173,6 +177,8 @@ def model_mask(
     if isinstance(attention_mask, _masks.Mask):
         return attention_mask
     rules = read(mask_function)
+    if getattr(options.get("config"), "model_type", None) in _COMPUTE_WITH_MASKS:
+        rules = None
     if rules is None:
         options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return masking_utils.sdpa_mask(
@@ -195,7 +201,8 @@ def model_mask(
 def _positions(rules: Rules, queries, keys, first_query, first_key, device) -> _masks.Mask:
     """What causality, window and chunks allow."""
     last_at_last = isinstance(first_query, int) and first_query + queries == first_key + keys
-    if rules.chunks is None and (last_at_last or (rules.left is None and rules.right is None)):
+    unbounded = rules.left is None and rules.right is None
+    if rules.chunks is None and (unbounded or last_at_last and min(rules.left or 0, rules.right or 0) >= 0):
         return _masks.window(rules.left, rules.right)
     # positions of the queries, counted from the first key
     q = (torch.arange(queries, device=device) + (first_query - first_key))[None]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import _families, _feed_forward, _linear, _positions
+from ._attention import UNKNOWN
 from ._swap import original_class, replace, restore
 
 #: What `patch` looks for, in this order: what it is called in the report, and what says how a module is replaced.
@@ -71,9 +72,7 @@ def patch(model: nn.Module) -> Report:
     register()
     report = Report(type(model).__name__)
     _own_configs(model)
-    for module in list(model.modules()):
-        if isinstance(module, PreTrainedModel):
-            _choose(module)
+    _choose([module for module in model.modules() if isinstance(module, PreTrainedModel)])
     for name, module in model.named_modules():
         _replace(module, name, report)
     return report
@@ -97,29 +96,35 @@ def _own_configs(model: nn.Module) -> None:
             module.config = copy.deepcopy(module.config, copies)
 
 
-def _choose(model: PreTrainedModel) -> None:
-    """Set this model's implementations of attention and experts, and remember the former ones."""
-    if "_pyext_former" in model.__dict__:
-        return
-    wanted = []
-    if _asks_registry(model) or _families.family(original_class(model)) in _families.MASKED:
-        wanted.append("_attn_implementation_internal")
-    if model._can_set_experts_implementation():
-        wanted.append("_experts_implementation_internal")
-    config = model.config
-    model._pyext_former = [(config, name, getattr(config, name)) for name in wanted if getattr(config, name) != "pyext"]
-    for name in wanted:
-        setattr(config, name, "pyext")
+def _choose(models: list[PreTrainedModel]) -> None:
+    """Set the implementations of attention and experts of these models, and remember the former ones.
+
+    Models that share a configuration share the kind of their masks: if there is attention among them that is neither
+    the registry's nor known here, all keep theirs.
+    """
+    mixed = {id(model.config) for model in models if any(map(_is_unknown_attention, model.modules()))}
+    for model in models:
+        if "_pyext_former" in model.__dict__:
+            continue
+        config, wanted = model.config, []
+        asks = any(map(_asks_registry, model.modules())) and id(config) not in mixed
+        if asks or _families.family(original_class(model)) in _families.MASKED:
+            wanted.append("_attn_implementation_internal")
+        if model._can_set_experts_implementation():
+            wanted.append("_experts_implementation_internal")
+        wanted = [name for name in wanted if getattr(config, name) != "pyext"]
+        model._pyext_former = [(config, name, getattr(config, name)) for name in wanted]
+        for name in wanted:
+            setattr(config, name, "pyext")
 
 
-def _asks_registry(model: PreTrainedModel) -> bool:
-    return any(_calls(module, "ALL_ATTENTION_FUNCTIONS") for module in model.modules())
-
-
-def _calls(module: nn.Module, name: str) -> bool:
-    """Whether the module's forward names this global of its own."""
-    forward = getattr(original_class(module), "forward", None)
-    return name in getattr(getattr(forward, "__code__", None), "co_names", ())
+def _asks_registry(module: nn.Module) -> bool:
+    """Whether the module takes its attention from the registry, and passes nothing that pyext does not have."""
+    code = getattr(getattr(original_class(module), "forward", None), "__code__", None)
+    if "ALL_ATTENTION_FUNCTIONS" not in getattr(code, "co_names", ()):
+        return False
+    keywords = {word for names in code.co_consts if isinstance(names, tuple) for word in names}
+    return keywords.isdisjoint(UNKNOWN)
 
 
 def methods_of(module: nn.Module) -> dict:
@@ -144,17 +149,23 @@ def _replace(module: nn.Module, name: str, report: Report) -> None:
             report.replaced.setdefault((part, cls.__name__), []).append(name)
     if replaced:
         replace(module, methods_of(module))
-    if _calls(module, "ALL_ATTENTION_FUNCTIONS"):
-        report.replaced.setdefault((_ATTENTION, cls.__name__), []).append(name)
+    if _asks_registry(module):
+        if getattr(getattr(module, "config", None), "_attn_implementation", "pyext") == "pyext":
+            report.replaced.setdefault((_ATTENTION, cls.__name__), []).append(name)
+        else:
+            why = "it shares its masks with attention that pyext does not have"
+            report.left.setdefault((_ATTENTION, cls.__name__, why), []).append(name)
     elif hasattr(cls, "_apply_gate"):
         report.replaced.setdefault((_EXPERTS, cls.__name__), []).append(name)
-    elif not replaced and _is_unknown_attention(module, cls):
-        why = "it asks no registry, and pyext does not know it"
+    elif _is_unknown_attention(module):
+        why = "neither the registry nor pyext has what it computes"
         report.left.setdefault((_ATTENTION, cls.__name__, why), []).append(name)
 
 
-def _is_unknown_attention(module: nn.Module, cls: type) -> bool:
-    """An attention layer, by its name and as it holds projections itself, that was not replaced."""
+def _is_unknown_attention(module: nn.Module) -> bool:
+    """An attention layer, by its name and as it holds projections itself, that nothing here reaches."""
+    cls = original_class(module)
     weights = [getattr(child, "weight", None) for child in module.children()]
     matrices = sum(weight is not None and weight.dim() == 2 for weight in weights)
-    return "Attention" in cls.__name__ and matrices > 1
+    known = _asks_registry(module) or isinstance(_families.own_attention(module, cls), dict)
+    return "Attention" in cls.__name__ and matrices > 1 and not known

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ... import _native
 from ... import moe as _moe
@@ -56,6 +57,16 @@ def _linear(self, input):
     return linear(input, self.weight, self.bias)
 
 
+def _conv1d(self, x):
+    """`Conv1D.forward`, GPT-2's linear layer, whose weight is transposed."""
+    return linear(x, self.weight.t(), self.bias)
+
+
 def plain_linear(module: nn.Module, cls: type) -> dict[str, Callable] | None:
     """The methods of a linear layer."""
-    return {"forward": _linear} if cls is nn.Linear and torch_is_slow() and is_plain(module) else None
+    if not torch_is_slow():
+        return None
+    if cls is Conv1D:
+        return {"forward": _conv1d}
+    named = cls.__name__ == "FalconLinear"  # a subclass that adds its bias afterwards
+    return {"forward": _linear} if named or (cls is nn.Linear and is_plain(module)) else None

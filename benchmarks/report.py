@@ -37,8 +37,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def selected(pattern: str, threads: int) -> list:
     from . import attention_cases, glu_cases, length_cases, mask_cases, moe_cases, relative_cases, rotary_cases
+    from . import systems_cases as systems
 
-    rooms = attention_cases, relative_cases, mask_cases, rotary_cases, glu_cases, moe_cases, length_cases
+    rooms = attention_cases, relative_cases, mask_cases, rotary_cases, glu_cases, moe_cases, length_cases, systems
     cases = [case for room in rooms for case in room.all_cases()]
     cases = [case for case in cases if re.search(pattern, case.name)]
     if not cases:

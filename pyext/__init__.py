@@ -7,7 +7,7 @@
 """
 
 from . import _native as _native  # first: its warning points at whoever imports this package
-from . import bias, distributed, flash_attn_interface, masks, moe, nn
+from . import bias, distributed, flash_attn_interface, integrations, masks, moe, nn
 from ._dispatch import explain
 from .ops.attention import attention, varlen_attention
 from .ops.gated_linear import gated_linear, gated_mlp
@@ -17,5 +17,5 @@ from .ops.rotary import Rotary, rotary
 __version__ = "0.1.0"
 __all__ = [
     "Rotary", "__version__", "attention", "bias", "distributed", "explain", "flash_attn_interface", "gated_linear",
-    "gated_mlp", "geglu", "masks", "moe", "nn", "reglu", "rotary", "swiglu", "varlen_attention",
+    "gated_mlp", "geglu", "integrations", "masks", "moe", "nn", "reglu", "rotary", "swiglu", "varlen_attention",
 ]  # fmt: skip

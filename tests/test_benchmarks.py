@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     report,
     report_page,
     rotary_cases,
+    systems_cases,
 )  # fmt: skip
 from benchmarks.harness import Case, Contender, Measured, Work  # noqa: E402
 from pyext._primitives import Sizes  # noqa: E402
@@ -170,6 +171,17 @@ def test_gated_cases_are_right(monkeypatch):
         assert harness.check(work)["ok"], case.name
         for contender in work.contenders:
             contender.call()
+
+
+def test_cases_of_whole_layers_are_right():
+    pytest.importorskip("transformers", minversion="5")
+    sizes = dict(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0)
+    options = dict(sizes, feed_forward_proj="gated-gelu")
+    work = systems_cases.work_of(systems_cases.System("t5", "T5EncoderModel", "T5Config", options, 37), "fp32", 3)
+    assert [contender.name for contender in work.contenders] == ["pyext", "eager", "SDPA"]
+    assert harness.check(work)["ok"]
+    for contender in work.contenders:
+        contender.call()
 
 
 def test_cases_of_mixtures_are_right(monkeypatch):

@@ -7,7 +7,8 @@
 // there is to wait for. Gate and up share panels: one vector of columns of the gate, then the same columns of up, so
 // that both pre-activations of a hidden feature meet in one tile.
 //
-// An element of a product is the same sum, in the same order, whatever rows are computed beside it.
+// An element of a product is the same sum, in the same order, whatever rows are computed beside it (but the products of
+// moe_experts_few.h have an order of their own).
 #pragma once
 #include "../moe_experts.h"
 #include "activations.h"

@@ -80,33 +80,46 @@ CASES = (
 
 
 @dataclass(frozen=True, eq=False)
-class Gated:
-    """One call of a gated layer: by a backend, or by plain PyTorch."""
+class Layer:
+    """One call of a feed-forward layer: run(leaves, impl), by a backend, or by plain PyTorch for impl="eager"."""
 
     name: str
     leaves: dict[str, tuple[int, ...]]
-    activation: str
-    eager: Callable[[Tensor], Tensor]
+    run: Callable[[dict[str, Tensor], str], Tensor]
 
-    def call(self, leaves: dict[str, Tensor], impl: str) -> Tensor:
+
+def _gated(name: str, rows: int, eager: Callable[[Tensor], Tensor]) -> Layer:
+    def run(leaves: dict[str, Tensor], impl: str) -> Tensor:
         if impl != "eager":
-            return pyext.gated_mlp(**leaves, activation=self.activation, impl=impl)
+            return pyext.gated_mlp(**leaves, activation=name.split()[0].lower(), impl=impl)
         x, w_gate, w_up, w_down, b_gate, b_up, b_down = leaves.values()
-        return linear(self.eager(linear(x, w_gate, b_gate)) * linear(x, w_up, b_up), w_down, b_down)
+        return linear(eager(linear(x, w_gate, b_gate)) * linear(x, w_up, b_up), w_down, b_down)
 
-
-def _gated(name: str, rows: int, eager: Callable[[Tensor], Tensor]) -> Gated:
     leaves = {
         "x": (rows, 40), "w_gate": (70, 40), "w_up": (70, 40), "w_down": (33, 70), "b_gate": (70,), "b_up": (70,),
         "b_down": (33,),
     }  # fmt: skip
-    return Gated(name, leaves, name.split()[0].lower(), eager)
+    return Layer(name, leaves, run)
+
+
+def _mixture(leaves: dict[str, Tensor], impl: str) -> Tensor:
+    """Mixtral's: the two best of five experts, with weights that sum to 1."""
+    x, logits, w_gate_up, w_down = leaves.values()
+    if impl != "eager":
+        routing = pyext.moe.route(logits, 2, renormalize=True, impl=impl)
+        return pyext.moe.forward(x, routing, w_gate_up, w_down, impl=impl)
+    best = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :2]
+    weights = torch.softmax(logits.gather(1, best), dim=-1)
+    gate, up = torch.einsum("th,erh->ter", x, w_gate_up).chunk(2, dim=-1)
+    ys = torch.einsum("tei,eji->tej", silu(gate) * up, w_down)
+    return (weights[..., None] * ys.gather(1, best[..., None].expand(-1, -1, ys.shape[-1]))).sum(dim=1)
 
 
 CASES += (
     _gated("SwiGLU", 67, silu),
     _gated("SwiGLU 1", 1, silu),
     _gated("GEGLU", 67, gelu),
+    Layer("Mixtral", {"x": (67, 40), "logits": (67, 5), "w_gate_up": (5, 60, 40), "w_down": (5, 33, 30)}, _mixture),
 )
 
 
@@ -144,10 +157,10 @@ def _attend(case: Case, leaves: dict[str, Tensor], impl: str) -> tuple[Tensor, T
     return torch.cat([out[0].transpose(0, 1) for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], dim=-1)
 
 
-def _results(case: Case | Gated, leaves: dict[str, Tensor], impl: str) -> list[Tensor]:
+def _results(case: Case | Layer, leaves: dict[str, Tensor], impl: str) -> list[Tensor]:
     """out, lse (of attention) and the gradient of every leaf, for one fixed weighted sum of out and lse."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    results = (case.call(leaves, impl),) if isinstance(case, Gated) else _attend(case, leaves, impl)
+    results = (case.run(leaves, impl),) if isinstance(case, Layer) else _attend(case, leaves, impl)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
     # rounded to bf16 so that they are the same numbers in every dtype
@@ -183,7 +196,7 @@ def _isa(name: str | None) -> Iterator[None]:
         native.set_isa(former)
 
 
-def _draw(case: Case | Gated, dtype: torch.dtype) -> dict[str, Tensor]:
+def _draw(case: Case | Layer, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     leaves = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in case.leaves.items()}
     if "slopes" in leaves:
@@ -192,14 +205,14 @@ def _draw(case: Case | Gated, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _expected(case: Case | Gated, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _expected(case: Case | Layer, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Results of the fp64 reference on the inputs of that dtype, and of plain PyTorch in that dtype."""
     leaves = _draw(case, dtype)
     exact = _results(case, {name: leaf.double() for name, leaf in leaves.items()}, "reference")
     return exact, _results(case, leaves, "eager")
 
 
-def _check(case: Case | Gated, dtype: torch.dtype, impl: str, isa: str | None) -> tuple[str, bool]:
+def _check(case: Case | Layer, dtype: torch.dtype, impl: str, isa: str | None) -> tuple[str, bool]:
     """One row of the table, and whether the check holds."""
     with _isa(isa):
         got = _results(case, _draw(case, dtype), impl)

@@ -62,6 +62,9 @@ template <class T>
 constexpr int kWidth = Vector<T>::width;
 template <class T>
 constexpr int kPanel = kVectors * kWidth<T>;  // columns of a packed panel
+// The dtype of accumulators.
+template <class T>
+constexpr DType kWide = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
 template <class C, int vectors = kVectors>
 struct Tile {
@@ -257,6 +260,16 @@ INLINE void store_row_pairs(float* p, F low, F high) {
 }
 #endif
 
+// One row of a panel from kPanel elements of a row as they are, and of the row after it where elements are pairs.
+template <class C>
+INLINE void pack_row(const char* row, [[maybe_unused]] const char* next, typename C::T* to) {
+  using T = typename C::T;
+#if defined(__AVX512BF16__)
+  if constexpr (C::pair == 2) return interleave32((const uint16_t*)row, (const uint16_t*)next, to);
+#endif
+  UNROLL for (int j = 0; j < kVectors; ++j) vstore(to + j * kWidth<T>, vload((const T*)row + j * kWidth<T>));
+}
+
 // dst[panel][k][kPanel] from rows [0, padded), k running to ceil(padded / pair); panels are `panel_stride` elements
 // apart.
 template <class C, class Source = Rows>
@@ -264,11 +277,16 @@ void pack_rows(DType dtype, const Source& rows, int64_t padded, int64_t features
                typename C::T* dst) {
   using T = typename C::T;
   constexpr int w = kWidth<T>, panel = kPanel<T>;
-  int64_t depth = ceil_div(padded, C::pair), size = element_size(dtype);
+  const int64_t depth = ceil_div(padded, C::pair), size = element_size(dtype);
+  const int64_t whole = C::pair == 2 || dtype == kWide<T> ? features / panel * panel : 0;  // features taken as they are
   for (int64_t k = 0; k < depth; ++k) {
     const char *row = rows[k * C::pair], *next = C::pair == 2 ? rows[k * C::pair + 1] : nullptr;
-    for (int64_t f = 0; f < features; f += w) {
-      T* to = dst + f / panel * panel_stride + k * panel + f % panel;
+    T* to = dst + k * panel;
+    int64_t f = 0;
+    if (row && (C::pair == 1 || next))
+      for (; f < whole; f += panel, to += panel_stride) pack_row<C>(row + f * size, next + f * size, to);
+    for (; f < features; f += w) {
+      to = dst + f / panel * panel_stride + k * panel + f % panel;
       int64_t n = min_of<int64_t>(w, features - f);
 #if defined(__AVX512BF16__)
       if constexpr (C::pair == 2) {

@@ -7,7 +7,7 @@ namespace pyext {
 namespace {
 
 // The most rows of an expert for which packing its weights does not pay.
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 64;
 
 // Dot products of up to kFewRows rows, `width` packed elements apart and zero beyond the last of `features`, with rows
 // of weights.
@@ -15,9 +15,9 @@ template <class C>
 struct FewRows {
   using T = typename C::T;
   static constexpr int W = kWidth<T>;
-  static constexpr int64_t block = 64;       // rows of weights at a time
-  static constexpr int64_t prefetch = 8192;  // bytes ahead
-  using Products = T[kFewRows][block];
+  static constexpr int64_t block = 16;          // rows of weights at a time
+  static constexpr int kTile = 4;               // rows, and rows of weights, of a tile of sums
+  using Products = T[kFewRows][block + kTile];  // the last tile may write past the last row of weights
   DType dtype;
   const T* left;
   int64_t count, width, features;
@@ -44,47 +44,122 @@ struct FewRows {
     }
   }
 
-  // to[m][r] = row m . row r of the weights, r < rows.
+  // to[m][r] = row m . row r of the weights, r < rows <= block. The weights are read from memory once: stretches of
+  // some of their rows stay in L1 while all rows of `left` pass.
   void multiply(const char* weights, int64_t row_bytes, int64_t rows, Products& to) const {
-    if (count == 1) return dot<1, 1>(weights, row_bytes, rows, to);
-    if (count == 2) return dot<2, 4>(weights, row_bytes, rows, to);
-    if (count <= 4) return dot<4, 4>(weights, row_bytes, rows, to);
-    dot<8, 2>(weights, row_bytes, rows, to);
+    if (count == 1) return one(weights, row_bytes, rows, to);
+    const bool as_is = C::pair == 2 || dtype == kWide<T>;
+    const int64_t depth = ceil_div(features, C::pair), size = C::pair * element_size(dtype);
+    const int64_t together = min_of(block, kKept / max_of<int64_t>(1, min_of(depth, kStretch)) / kTile * kTile);
+    const int64_t asks = ceil_div(count, kTile) * (together / kTile) * max_of<int64_t>(1, ceil_div(depth, kSegment));
+    for (int64_t r = 0; r < rows; r += together) {
+      const int64_t end = min_of(r + together, rows);
+      Ahead next{weights + end * row_bytes, ceil_div(ceil_div(together * row_bytes, 64), asks)};
+      for (int64_t k = 0; k == 0 || k < depth; k += kStretch) {
+        const Part part{weights + k * size, row_bytes, k, min_of(kStretch, depth - k)};
+        for (int64_t m = 0; m < count; m += kTile)
+          as_is ? rows_of<true>(part, r, end, m, to, next) : rows_of<false>(part, r, end, m, to, next);
+      }
+    }
   }
 
  private:
-  template <int m>
-  static constexpr int chains = m == 1 ? 4 : 1;  // sums of one product, which hide the latency of an addition
-  // `together` rows of weights pass side by side, so that each load of the left rows serves all of them; a single left
-  // row needs no such help, and reads memory in order.
-  template <int most, int together>
-  void dot(const char* weights, int64_t row_bytes, int64_t rows, Products& to) const {
-    const int64_t size = element_size(dtype);
-    for (int64_t r = 0; r < rows; r += together) {
-      Vec<T> sum[together][most][chains<most>];
-      const char* row[together];
-      const T* at[most];
-      UNROLL for (int m = 0; m < most; ++m) at[m] = left + min_of<int64_t>(m, count - 1) * width;
-      UNROLL for (int a = 0; a < together; ++a) {
-        row[a] = weights + min_of(r + a, rows - 1) * row_bytes;
-        UNROLL for (int m = 0; m < most; ++m) UNROLL for (int c = 0; c < chains<most>; ++c) sum[a][m][c] = vset(T(0));
+  static constexpr int64_t kStretch = 64 * W;  // packed elements of one sum: 4 KiB of a row
+  static constexpr int64_t kKept = 256 * W;    // packed elements of the weights in L1: 16 KiB
+  static constexpr int64_t kSegment = 8 * W;   // packed elements between two askings
+  // Asks for what comes from memory next, a few lines at a time between arithmetic.
+  struct Ahead {
+    const char* next;
+    int64_t lines;
+    INLINE void ask() {
+      for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+    }
+  };
+  struct Part {
+    const char* weights;
+    int64_t row_bytes, k, steps;
+  };
+  template <bool as_is>
+  void rows_of(const Part& part, int64_t r, int64_t end, int64_t m, Products& to, Ahead& next) const {
+    switch (min_of<int64_t>(count - m, kTile)) {
+      case 4:
+        return tiles<4, as_is>(part, r, end, m, to, next);
+      case 3:
+        return tiles<3, as_is>(part, r, end, m, to, next);
+      case 2:
+        return tiles<2, as_is>(part, r, end, m, to, next);
+      default:
+        return tiles<1, as_is>(part, r, end, m, to, next);
+    }
+  }
+  // Sums of `most` rows from row m on with rows [r, end) of the weights.
+  template <int most, bool as_is>
+  INLINE void tiles(const Part& part, int64_t r, int64_t end, int64_t m, Products& to, Ahead& next) const {
+    const T* x = left + m * width + part.k;
+    while (r < end) {
+      const bool whole = end - r >= kTile;  // else one row at a time, four times
+      tile<most, as_is>(part, part.weights + r * part.row_bytes, whole ? part.row_bytes : 0, x, &to[m][r], next);
+      r += whole ? kTile : 1;
+    }
+  }
+  template <int most, bool as_is>
+  INLINE void tile(const Part& part, const char* w, int64_t row_bytes, const T* x, T* to, Ahead& next) const {
+    Vec<T> sum[most][kTile];
+    UNROLL for (int i = 0; i < most; ++i) UNROLL for (int a = 0; a < kTile; ++a) sum[i][a] = vset(T(0));
+    auto step = [&](const T* x, const char* w, const auto& load) INLINE_LAMBDA {
+      Vec<T> rows[most];
+      UNROLL for (int i = 0; i < most; ++i) rows[i] = vload(x + i * width);
+      UNROLL for (int a = 0; a < kTile; ++a) {
+        const Vec<T> v = load(w + a * row_bytes);
+        UNROLL for (int i = 0; i < most; ++i) sum[i][a] = C::mac(v, rows[i], sum[i][a]);
       }
+    };
+    const int64_t bytes = C::pair * element_size(dtype), exist = features / C::pair - part.k;  // of packed elements
+    int64_t k = 0;
+    for (const int64_t end = min_of(part.steps, exist) / W * W; k < end;) {
+      next.ask();
+      for (const int64_t stop = min_of(k + kSegment, end); k < stop; k += W, x += W, w += W * bytes)
+        step(x, w, [&](const char* from) INLINE_LAMBDA {
+          if constexpr (as_is)
+            return vload((const T*)from);
+          else
+            return vload_as(dtype, from, T(0));
+        });
+    }
+    if (k < part.steps)
+      step(x, w, [&](const char* from) { return load_elements(dtype, from, features - (part.k + k) * C::pair); });
+    UNROLL for (int i = 0; i < most; ++i) {
+      auto four = reduce_add4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+      T* at = to + i * (block + kTile);
+      if (part.k) {
+        decltype(four) before;
+        memcpy(&before, at, sizeof before);
+        four += before;
+      }
+      memcpy(at, &four, sizeof four);
+    }
+  }
+
+  // One row: the weights pass in their order of memory, and several sums hide the latency of an addition.
+  void one(const char* weights, int64_t row_bytes, int64_t rows, Products& to) const {
+    constexpr int chains = 4;
+    constexpr int64_t ahead = 8192;  // bytes
+    const int64_t size = element_size(dtype);
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec<T> sum[chains];
+      const char* row = weights + r * row_bytes;
+      UNROLL for (int c = 0; c < chains; ++c) sum[c] = vset(T(0));
       auto step = [&](int64_t k, int c) INLINE_LAMBDA {
         const int64_t f = k * C::pair;
-        UNROLL for (int a = 0; a < together; ++a) {
-          _mm_prefetch(row[a] + f * size + prefetch, _MM_HINT_T0);
-          const Vec<T> w = load_elements(dtype, row[a] + f * size, features - f);
-          UNROLL for (int m = 0; m < most; ++m) sum[a][m][c] = C::mac(w, vload(at[m] + k), sum[a][m][c]);
-        }
+        _mm_prefetch(row + f * size + ahead, _MM_HINT_T0);
+        sum[c] = C::mac(load_elements(dtype, row + f * size, features - f), vload(left + k), sum[c]);
       };
       int64_t k = 0;
-      for (; (k + chains<most> * W) * C::pair <= features; k += chains<most> * W)
-        UNROLL for (int c = 0; c < chains<most>; ++c) step(k + c * W, c);
+      for (; (k + chains * W) * C::pair <= features; k += chains * W)
+        UNROLL for (int c = 0; c < chains; ++c) step(k + c * W, c);
       for (; k * C::pair < features; k += W) step(k, 0);
-      UNROLL for (int a = 0; a < together; ++a) if (r + a < rows) UNROLL for (int m = 0; m < most; ++m) {
-        UNROLL for (int c = 1; c < chains<most>; ++c) sum[a][m][0] = vadd(sum[a][m][0], sum[a][m][c]);
-        to[m][r + a] = reduce_add(sum[a][m][0]);
-      }
+      UNROLL for (int c = 1; c < chains; ++c) sum[0] = vadd(sum[0], sum[c]);
+      to[0][r] = reduce_add(sum[0]);
     }
   }
 };

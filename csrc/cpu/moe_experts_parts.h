@@ -111,7 +111,10 @@ INLINE UnitRows<kWidth<T>> unit_rows(const ExpertsProblem& p, int64_t expert) {
 
 // ---- operands ----
 
-// Source rows that will be packed soon, asked for a few lines at a time between tiles of arithmetic.
+// Steps between two askings for what comes next: a core waits for few lines at a time.
+constexpr int64_t kAsked = 8;
+
+// Source rows that will be packed soon, asked for a few lines at a time.
 template <class Source>
 struct Ahead {
   Source rows;
@@ -127,10 +130,22 @@ struct Ahead {
         else
           next = stop = nullptr;
       }
-      _mm_prefetch(next, _MM_HINT_T1);
+      _mm_prefetch(next, _MM_HINT_T0);
     }
   }
 };
+
+// Steps from k on of `count` panels from n on, and the part of them that is to be asked for: the panels' turns share
+// it.
+struct Turn {
+  int64_t n, count, k, part, parts;
+};
+// The turn's part of `count` rows.
+template <class Source>
+INLINE Ahead<Source> look_ahead(const Source& rows, const Turn& turn, int64_t count, int64_t bytes, int64_t asks) {
+  const int64_t begin = count * turn.part / turn.parts, end = count * (turn.part + 1) / turn.parts;
+  return {rows, begin, end, bytes, ceil_div((end - begin) * ceil_div(bytes + 63, 64), asks)};
+}
 
 // A right operand whose columns are source rows, packed into `packed` when it is needed.
 template <class C, class Source>
@@ -148,11 +163,11 @@ struct ColumnsOf {
     pack_columns<C, const char* const*>(dtype, found, count, kPanel<T>, packed);
     return packed;
   }
-  INLINE Ahead<Source> ahead(int64_t n, int64_t k, int64_t asks) const {
-    const int64_t first = k * C::pair, size = element_size(dtype);
+  static int64_t group(int64_t) { return 1; }
+  INLINE Ahead<Source> ahead(const Turn& next, int64_t asks) const {
+    const int64_t first = next.k * C::pair, size = element_size(dtype);
     const int64_t bytes = max_of<int64_t>(0, min_of(kDepth * C::pair, features - first)) * size;
-    const int64_t lines = ceil_div(kPanel<T> * ceil_div(bytes + 63, 64), asks);
-    return {rows.from(n * kPanel<T>, first * size), 0, kPanel<T>, bytes, lines};
+    return look_ahead(rows.from(next.n * kPanel<T>, first * size), next, next.count * kPanel<T>, bytes, asks);
   }
 };
 
@@ -169,11 +184,12 @@ struct RowsOf {
     pack_rows<C>(dtype, from, steps * C::pair, min_of<int64_t>(kPanel<T>, features - n * kPanel<T>), 0, packed);
     return packed;
   }
-  INLINE Ahead<Source> ahead(int64_t n, int64_t k, int64_t asks) const {
-    const int64_t first = n * kPanel<T>, size = element_size(dtype);
-    const int64_t bytes = max_of<int64_t>(0, min_of<int64_t>(kPanel<T>, features - first)) * size;
-    const int64_t lines = ceil_div(kDepth * C::pair * ceil_div(bytes + 63, 64), asks);
-    return {rows.from(k * C::pair, first * size), 0, bytes ? kDepth * C::pair : 0, bytes, lines};
+  // So many that all of them need of some rows is read in its order of memory, and that their sums stay in L2.
+  static int64_t group(int64_t rows) { return max_of<int64_t>(1, (1 << 16) / (round_up(rows, kRows) * kPanel<T>)); }
+  INLINE Ahead<Source> ahead(const Turn& next, int64_t asks) const {
+    const int64_t first = next.n * kPanel<T>, size = element_size(dtype);
+    const int64_t bytes = max_of<int64_t>(0, min_of<int64_t>(next.count * kPanel<T>, features - first)) * size;
+    return look_ahead(rows.from(next.k * C::pair, first * size), next, bytes ? kDepth * C::pair : 0, bytes, asks);
   }
 };
 
@@ -184,9 +200,10 @@ struct Panels {
   int64_t stride;
   INLINE T* operator[](int64_t n) const { return base + n * stride; }
   INLINE const T* at(int64_t n, int64_t k, int64_t) const { return base + n * stride + k * kPanel<T>; }
-  INLINE Ahead<Rows> ahead(int64_t n, int64_t k, int64_t asks) const {
+  static int64_t group(int64_t) { return 1; }
+  INLINE Ahead<Rows> ahead(const Turn& next, int64_t asks) const {
     const int64_t bytes = kDepth * kPanel<T> * int64_t(sizeof(T));
-    return {{(const char*)at(n, k, 0), 0, 1}, 0, 1, bytes, ceil_div(bytes / 64, asks)};
+    return look_ahead(Rows{(const char*)at(next.n, next.k, 0), 0, 1}, next, 1, bytes, asks);
   }
 };
 
@@ -211,8 +228,10 @@ struct Chunks {
     Tile<C> sums;  // a copy that nothing points at, so that it stays in registers
     sums.zero();
     for (; steps > 0; steps -= kPanel<T>, from += stride, panel += kPanel<T> * kPanel<T>) {
-      next.ask();
-      sums.template multiply<kPanel<T>, 1, count>(min_of<int64_t>(steps, kPanel<T>), from, panel);
+      for (int64_t q = 0; q < min_of<int64_t>(steps, kPanel<T>); q += kAsked) {
+        next.ask();
+        sums.template multiply<kPanel<T>, 1, count>(min_of(steps - q, kAsked), from + q, panel + q * kPanel<T>);
+      }
     }
     tile = sums;
   }
@@ -224,44 +243,53 @@ struct Transposed {
   template <class C, class Next>
   INLINE void multiply(Tile<C>& tile, int64_t row, int64_t, int64_t k, int64_t steps, const T* panel,
                        Next& next) const {
-    constexpr int64_t chunk = kPanel<T> * kPanel<T>;
     const T* from = base + k * kPanel<T> + row;
     Tile<C> sums;
     sums.zero();
-    for (; steps > 0; steps -= kPanel<T>, from += chunk, panel += chunk) {
+    for (; steps > 0; steps -= kAsked, from += kAsked * kPanel<T>, panel += kAsked * kPanel<T>) {
       next.ask();
-      sums.template multiply<1, kPanel<T>>(min_of<int64_t>(steps, kPanel<T>), from, panel);
+      sums.template multiply<1, kPanel<T>>(min_of(steps, kAsked), from, panel);
     }
     tile = sums;
   }
 };
 
-// Runs finish(row, tile) for the tiles of rows [0, rows) of left * panel n of right; sums holds rows * kPanel elements,
-// rows rounded up to whole tiles.
+// Elements of the sums of multiply_panels.
+template <class Right>
+INLINE int64_t panel_sums(int64_t rows, int64_t panels) {
+  using T = typename Right::T;
+  return min_of(Right::group(rows), panels) * round_up(rows, kRows) * kPanel<T>;
+}
+// Runs finish(n, row, tile) for the tiles of rows [0, rows) of left * panels [n, end) of right.
 template <class C, class Left, class Right, class Finish>
-INLINE void multiply_panel(const Left& left, int64_t rows, int64_t depth, const Right& right, int64_t n,
-                           typename C::T* sums, const Finish& finish) {
+INLINE void multiply_panels(const Left& left, int64_t rows, int64_t depth, const Right& right, int64_t n, int64_t end,
+                            typename C::T* sums, const Finish& finish) {
   using T = typename C::T;
-  const int64_t asks = ceil_div(rows, kRows) * (kDepth / kPanel<T>);
-  int64_t k = 0;
-  do {
-    const int64_t steps = min_of(kDepth, depth - k);
-    const bool last = k + steps >= depth;
-    const T* panel = right.at(n, k, steps);
-    auto next = last ? right.ahead(n + 1, 0, asks) : right.ahead(n, k + steps, asks);
-    for (int64_t row = 0; row < rows; row += kRows) {
-      Tile<C> tile;
-      left.template multiply<C>(tile, row, rows - row, k, steps, panel, next);
-      T* sum = sums + row * kPanel<T>;
-      UNROLL for (int i = 0; i < kRows; ++i) UNROLL for (int j = 0; j < kVectors; ++j) {
-        T* at = sum + i * kPanel<T> + j * kWidth<T>;
-        if (k) tile.v[i][j] = vadd(tile.v[i][j], vload(at));
-        if (!last) vstore(at, tile.v[i][j]);
+  const int64_t asks = ceil_div(rows, kRows) * (kDepth / kAsked), group = min_of(Right::group(rows), end - n);
+  for (int64_t count; n < end; n += count) {
+    count = min_of(group, end - n);
+    int64_t k = 0;
+    do {
+      const int64_t steps = min_of(kDepth, depth - k);
+      const bool last = k + steps >= depth;
+      for (int64_t i = 0; i < count; ++i) {
+        const T* panel = right.at(n + i, k, steps);
+        auto next = right.ahead(last ? Turn{n + count, group, 0, i, count} : Turn{n, count, k + steps, i, count}, asks);
+        for (int64_t row = 0; row < rows; row += kRows) {
+          Tile<C> tile;
+          left.template multiply<C>(tile, row, rows - row, k, steps, panel, next);
+          T* sum = sums + (i * round_up(rows, kRows) + row) * kPanel<T>;
+          UNROLL for (int r = 0; r < kRows; ++r) UNROLL for (int j = 0; j < kVectors; ++j) {
+            T* at = sum + r * kPanel<T> + j * kWidth<T>;
+            if (k) tile.v[r][j] = vadd(tile.v[r][j], vload(at));
+            if (!last) vstore(at, tile.v[r][j]);
+          }
+          if (last) finish(n + i, row, tile);
+        }
       }
-      if (last) finish(row, tile);
-    }
-    k += steps;
-  } while (k < depth);
+      k += steps;
+    } while (k < depth);
+  }
 }
 
 // ---- elements ----
@@ -288,6 +316,21 @@ INLINE void store_tile(DType dtype, const Tile<C>& tile, int64_t rows, int64_t c
   using T = typename C::T;
   UNROLL for (int i = 0; i < kRows; ++i) if (i < rows) UNROLL for (int j = 0; j < kVectors; ++j) store_part<T>(
       dtype, to + i * row_bytes + j * kWidth<T> * element_size(dtype), columns - j * kWidth<T>, tile.v[i][j]);
+}
+
+// One row of a tile past the caches; false where that is not what is stored, or where it is not aligned.
+template <class C>
+INLINE bool stream_panel(DType dtype, char* to, const Vec<typename C::T> (&v)[kVectors]) {
+  using T = typename C::T;
+  if (uintptr_t(to) % 64 || (C::pair == 1 && dtype != kWide<T>)) return false;
+#if defined(__AVX512BF16__)
+  if constexpr (C::pair == 2) {
+    vstream((float*)to, (F)_mm512_cvtne2ps_pbh(v[1], v[0]));
+    return true;
+  }
+#endif
+  UNROLL for (int j = 0; j < kVectors; ++j) vstream((T*)to + j * kWidth<T>, v[j]);
+  return true;
 }
 
 // One vector of numbers as packed elements.
@@ -324,10 +367,6 @@ void pack_chunks(DType dtype, const Rows& rows, int64_t padded, int64_t features
 }
 
 // ---- results per token ----
-
-// The dtype of sums.
-template <class T>
-constexpr DType kWide = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
 // to[t] = sum_k weights[t, k] rows[position[t, k]], in the order of k, rounded once; weights null: 1. Each product is
 // rounded to T before it is added: rows that other processes weighted add up to the same bits (ExpertParallel).

@@ -50,6 +50,9 @@ INLINE F vload(const float* p) { return _mm512_loadu_ps(p); }
 INLINE D vload(const double* p) { return _mm512_loadu_pd(p); }
 INLINE void vstore(float* p, F v) { _mm512_storeu_ps(p, v); }
 INLINE void vstore(double* p, D v) { _mm512_storeu_pd(p, v); }
+// Past the caches; p is aligned to what is written.
+INLINE void vstream(float* p, F v) { _mm512_stream_ps(p, v); }
+INLINE void vstream(double* p, D v) { _mm512_stream_pd(p, v); }
 INLINE F vset(float x) { return _mm512_set1_ps(x); }
 INLINE D vset(double x) { return _mm512_set1_pd(x); }
 INLINE F vfma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -86,6 +89,17 @@ INLINE float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
 INLINE double reduce_max(D v) { return _mm512_reduce_max_pd(v); }
 INLINE float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
 INLINE double reduce_add(D v) { return _mm512_reduce_add_pd(v); }
+// The sums of four vectors side by side.
+INLINE __m128 reduce_add4(F a, F b, F c, F d) {
+  const F ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b),
+          cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const F lanes = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);
+  const __m256 half = _mm512_castps512_ps256(lanes) + _mm512_extractf32x8_ps(lanes, 1);
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+INLINE __m256d reduce_add4(D a, D b, D c, D d) {
+  return _mm256_setr_pd(reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d));
+}
 
 // A set of lanes; lanes(lo, hi) holds those with lo <= lane < hi, for any lo and hi.
 using Lanes = __mmask16;
@@ -228,6 +242,8 @@ INLINE F vload(const float* p) { return _mm256_loadu_ps(p); }
 INLINE D vload(const double* p) { return _mm256_loadu_pd(p); }
 INLINE void vstore(float* p, F v) { _mm256_storeu_ps(p, v); }
 INLINE void vstore(double* p, D v) { _mm256_storeu_pd(p, v); }
+INLINE void vstream(float* p, F v) { _mm256_stream_ps(p, v); }
+INLINE void vstream(double* p, D v) { _mm256_stream_pd(p, v); }
 INLINE F vset(float x) { return _mm256_set1_ps(x); }
 INLINE D vset(double x) { return _mm256_set1_pd(x); }
 INLINE F vfma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -272,6 +288,15 @@ INLINE double reduce_max(D v) {
 INLINE double reduce_add(D v) {
   __m128d x = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+INLINE __m128 reduce_add4(F a, F b, F c, F d) {
+  const F ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b),
+          cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const F lanes = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
+  return _mm256_castps256_ps128(lanes) + _mm256_extractf128_ps(lanes, 1);
+}
+INLINE __m256d reduce_add4(D a, D b, D c, D d) {
+  return _mm256_setr_pd(reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d));
 }
 
 using Lanes = __m256i;  // all ones or all zeros, in lanes as wide as the data's

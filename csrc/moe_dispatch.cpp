@@ -36,7 +36,8 @@ Tensor fresh(const Tensor& like, int64_t rows, int64_t width) {
 std::vector<uint8_t> used_rows(const Tensor& position, int64_t rows) {
   std::vector<uint8_t> used(static_cast<size_t>(rows));
   const int32_t* data = static_cast<const int32_t*>(position.const_data_ptr());
-  for (int64_t i = 0; i < position.numel(); ++i) {
+  const int64_t count = position.numel();
+  for (int64_t i = 0; i < count; ++i) {
     if (data[i] < 0) continue;
     uint8_t& mark = used[static_cast<size_t>(data[i])];
     STD_TORCH_CHECK(!mark, "position must name no row twice, got row ", data[i], " again");

@@ -16,8 +16,9 @@ inline Tensor routing_map(const char* name, const Tensor& t, const Tensor& like)
 inline void check_range(const char* name, const Tensor& map, int64_t limit) {
   if (!map.is_cpu()) return;
   const int32_t* data = static_cast<const int32_t*>(map.const_data_ptr());
+  const int64_t count = map.numel();
   int32_t low = 0, high = -1;
-  for (int64_t i = 0; i < map.numel(); ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     low = data[i] < low ? data[i] : low;
     high = data[i] > high ? data[i] : high;
   }

@@ -116,10 +116,10 @@ def test_policies(policy, options, backend, session_seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("width", [1024, 1000])
-def test_results_beyond_the_caches(width, dtype, cpu, session_seed):
+@pytest.mark.parametrize(("tokens", "width", "choices"), [(3000, 1024, 2), (3000, 1000, 2), (4200, 1024, 3)])
+def test_results_beyond_the_caches(tokens, width, choices, dtype, cpu, session_seed):
     """Results of more than 8 MiB are stored by instructions of their own, where rows are whole vectors."""
-    check((3000, width, 8, 2), dtype, cpu, session_seed, capacity_factor=0.9, threads=2)
+    check((tokens, width, 8, choices), dtype, cpu, session_seed, capacity_factor=0.9, threads=2)
 
 
 @settings(

@@ -40,11 +40,12 @@ struct RouteRow {
   // Runs body(element) for each vector of a row.
   template <class Body>
   INLINE void each(const Body& body) const {
-    for (int64_t at = 0; at < p.experts; at += W) body(at);
+    for (int64_t at = 0, size = p.experts; at < size; at += W) body(at);
   }
 
   INLINE void load(DType dtype, const char* from) {
     const int64_t size = p.experts, bytes = element_size(dtype);
+    T *const logits = this->logits, *const power = this->power;  // members would be read again after each store
     const V none = vset(-T(INFINITY));
     V largest = none;
     int64_t at = 0;
@@ -84,13 +85,13 @@ struct RouteRow {
   // What the gate of a choice is proportional to.
   INLINE T gate(int64_t expert) const { return by_score ? score[expert] : power[expert]; }
 
-  // The experts with the largest logits, in the order of those. Logits keep the order of the probabilities and of the
-  // scores, and differ where those are rounded to the same. NaN comes first.
-  INLINE const int32_t* choose_by_logits() {
+  // The experts with the largest logits, in the order of those: in two steps, as in TopK. Logits keep the order of the
+  // probabilities and of the scores, and differ where those are rounded to the same. NaN comes first.
+  INLINE void compare_logits() {
     if (!(total == total)) each([&](int64_t i) { vstore(logits + i, nan_first(vload(logits + i))); });
-    best.find(logits, p.experts);
-    return best.found;
+    best.collect(logits, p.experts);
   }
+  INLINE const int32_t* choose_by_logits() { return best.ranked(); }
   // Those with the largest score + bias in the best groups.
   const int32_t* choose_by_scores() {
     const T* bias = (const T*)p.expert_bias;
@@ -101,8 +102,7 @@ struct RouteRow {
       vstore(ranked + i, select(lanes<T>(0, size - i), nan_first(x), vset(-T(INFINITY))));
     });
     if (p.top_groups < p.expert_groups) leave_best_groups();
-    best.find(ranked, size);
-    return best.found;
+    return best.find(ranked, size);
   }
   static INLINE V nan_first(V x) { return select(less_equal(x, x), x, vset(T(INFINITY))); }
 
@@ -129,10 +129,10 @@ struct RouteRow {
     const int64_t width = p.experts / p.expert_groups;
     for (int64_t at = p.expert_groups / W * W; at < round_up(p.expert_groups, W); ++at) pairs[at] = -T(INFINITY);
     for (int64_t g = 0; g < p.expert_groups; ++g) pairs[g] = sum_of_best_two(ranked + g * width, width);
-    best_groups.find(pairs, p.expert_groups);
+    const int32_t* found = best_groups.find(pairs, p.expert_groups);
     T* kept = pairs;
     for (int64_t g = 0; g < p.expert_groups; ++g) kept[g] = 0;
-    for (int64_t i = 0; i < p.top_groups; ++i) kept[best_groups.found[i]] = 1;
+    for (int64_t i = 0; i < p.top_groups; ++i) kept[found[i]] = 1;
     for (int64_t e = 0; e < p.experts; ++e)
       if (kept[e / width] == 0) ranked[e] = -T(INFINITY);
   }

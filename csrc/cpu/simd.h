@@ -123,6 +123,11 @@ template <class T>
 INLINE Lanes lanes_of(uint32_t bits) {
   return Lanes(bits);
 }
+// Bit l is set if lane l is in the set.
+template <class T>
+INLINE uint32_t bits_of_lanes(Lanes m) {
+  return m;
+}
 // Lanes whose number has this bit (a power of two) set.
 template <class T>
 INLINE Lanes lanes_with_bit(int bit) {
@@ -153,10 +158,13 @@ INLINE F load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 INLINE F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-INLINE void store_f16(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, 0)); }
-INLINE void store_bf16(uint16_t* p, F v) {
+using Halves = __m256i;  // as many numbers of 16 bits as F has lanes
+INLINE void store_halves(uint16_t* p, Halves v) { _mm256_storeu_si256((__m256i*)p, v); }
+INLINE void stream_halves(uint16_t* p, Halves v) { _mm256_stream_si256((__m256i*)p, v); }
+INLINE Halves f16_of(F v) { return _mm512_cvtps_ph(v, 0); }
+INLINE Halves bf16_of(F v) {
 #if defined(__AVX512BF16__)
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+  return (__m256i)_mm512_cvtneps_pbh(v);
 #else
   // Round to nearest even on the bits; NaN keeps its top half with the quiet bit set.
   __m512i x = _mm512_castps_si512(v);
@@ -164,7 +172,7 @@ INLINE void store_bf16(uint16_t* p, F v) {
   __m512i rounded = _mm512_add_epi32(x, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd));
   __m512i quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x400000));
   rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
 }
 
@@ -331,6 +339,11 @@ INLINE Lanes lanes_of(uint32_t bits) {
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
 }
 template <class T>
+INLINE uint32_t bits_of_lanes(Lanes m) {
+  return uint32_t(sizeof(T) == 4 ? _mm256_movemask_ps(_mm256_castsi256_ps(m))
+                                 : _mm256_movemask_pd(_mm256_castsi256_pd(m)));
+}
+template <class T>
 INLINE Lanes lanes_with_bit(int bit) {
   __m256i lane = sizeof(T) == 4 ? _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7) : _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
   return _mm256_cmpgt_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(bit)), _mm256_setzero_si256());
@@ -361,16 +374,18 @@ INLINE F load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 INLINE F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-INLINE void store_f16(uint16_t* p, F v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0)); }
-INLINE void store_bf16(uint16_t* p, F v) {
+using Halves = __m128i;
+INLINE void store_halves(uint16_t* p, Halves v) { _mm_storeu_si128((__m128i*)p, v); }
+INLINE void stream_halves(uint16_t* p, Halves v) { _mm_stream_si128((__m128i*)p, v); }
+INLINE Halves f16_of(F v) { return _mm256_cvtps_ph(v, 0); }
+INLINE Halves bf16_of(F v) {
   __m256i x = _mm256_castps_si256(v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
   __m256i rounded = _mm256_add_epi32(x, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd));
   __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
   rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
   rounded = _mm256_srli_epi32(rounded, 16);
-  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xD8);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0xD8));
 }
 
 using U = __m256i;
@@ -484,11 +499,18 @@ INLINE F vload_as(DType dtype, const char* p, float) {
   if (dtype == DType::f32) return vload((const float*)p);
   return dtype == DType::bf16 ? load_bf16((const uint16_t*)p) : load_f16((const uint16_t*)p);
 }
+INLINE void store_bf16(uint16_t* p, F v) { store_halves(p, bf16_of(v)); }
+INLINE Halves halves_of(DType dtype, F v) { return dtype == DType::bf16 ? bf16_of(v) : f16_of(v); }
 INLINE void vstore_as(DType dtype, char* p, F v) {
   if (dtype == DType::f32) return vstore((float*)p, v);
-  dtype == DType::bf16 ? store_bf16((uint16_t*)p, v) : store_f16((uint16_t*)p, v);
+  store_halves((uint16_t*)p, halves_of(dtype, v));
 }
 INLINE void vstore_as(DType, char* p, D v) { vstore((double*)p, v); }
+INLINE void vstream_as(DType dtype, char* p, F v) {
+  if (dtype == DType::f32) return vstream((float*)p, v);
+  stream_halves((uint16_t*)p, halves_of(dtype, v));
+}
+INLINE void vstream_as(DType, char* p, D v) { vstream((double*)p, v); }
 INLINE D vload_as(DType dtype, const char* p, double) {
   constexpr int w = Vector<double>::width;
   if (dtype == DType::f64) return vload((const double*)p);

@@ -24,10 +24,8 @@ template <class T, class V>
 INLINE int64_t store_chosen(T* values, int32_t* numbers, Lanes chosen, V v, int32_t first) {
   T lane[Vector<T>::width];
   vstore(lane, v);
-  unsigned bits = sizeof(T) == 4 ? unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(chosen)))
-                                 : unsigned(_mm256_movemask_pd(_mm256_castsi256_pd(chosen)));
   int64_t count = 0;
-  for (; bits; bits &= bits - 1, ++count) {
+  for (uint32_t bits = bits_of_lanes<T>(chosen); bits; bits &= bits - 1, ++count) {
     const int l = __builtin_ctz(bits);
     values[count] = lane[l], numbers[count] = first + l;
   }
@@ -46,6 +44,7 @@ struct TopK {
   static constexpr int W = kWidth<T>;
 
   int64_t count, limit;      // more candidates than the limit are ranked at once
+  int64_t candidates;        // how many there are
   T *values, *sorted;        // candidates, and the same in order
   int32_t *numbers, *found;  // their places in the list
 
@@ -56,56 +55,73 @@ struct TopK {
     numbers = arena.take<int32_t>(room), found = arena.take<int32_t>(room);
   }
 
-  // Leaves the places of the largest of list[0 .. size), count <= size, in `found`. -inf follows the list up to a whole
-  // vector.
-  INLINE void find(const T* list, int64_t size) {
-    T least = -T(INFINITY);
-    bool beyond = false;  // candidates must be larger than `least`, not just as large
-    if (count <= W && size > 2 * W) {
-      V largest = vload(list);
-      for (int64_t at = W; at < size; at += W) largest = vmax(largest, vload(list + at));
-      vstore(values, largest);
-      sort(W);
-      least = sorted[count - 1];
-    }
+  // The places of the largest of list[0 .. size), count <= size. -inf follows the list up to a whole vector.
+  INLINE const int32_t* find(const T* list, int64_t size) {
+    collect(list, size);
+    return ranked();
+  }
+  // The same in two steps: other work between them hides how long it takes until what `collect` stored can be loaded.
+  INLINE const int32_t* ranked() {
+    sort(candidates);
+    return found;
+  }
+  INLINE void collect(const T* list, int64_t size) {
+    T least = count <= W && size > 2 * W ? bound(list, size) : -T(INFINITY);
     int64_t n = 0;
+    T* const to = values;  // members would be read again after each store
+    int32_t* const place = numbers;
     auto take = [&](int64_t at, Lanes inside) INLINE_LAMBDA {
-      const V x = vload(list + at), bound = vset(least);
-      const Lanes good = (beyond ? less(bound, x) : less_equal(bound, x)) & inside;
-      n += store_chosen(values + n, numbers + n, good, x, int32_t(at));
-      if (n <= limit) return;
-      sort(n);
-      n = count, least = sorted[count - 1], beyond = true;
-      memcpy(values, sorted, size_t(n) * sizeof(T)), memcpy(numbers, found, size_t(n) * sizeof(int32_t));
+      const V x = vload(list + at);
+      n += store_chosen(to + n, place + n, less_equal(vset(least), x) & inside, x, int32_t(at));
+      if (n > limit) least = leave_best(n), n = count;
     };
     int64_t at = 0;
     for (; at + W <= size; at += W) take(at, lanes<T>(0, W));
     if (at < size) take(at, lanes<T>(0, size - at));
-    sort(n);
+    candidates = n;
   }
 
  private:
-  // The first n candidates in order, each put where as many are before it.
+  // The count-th largest of the lanes' largest numbers.
+  INLINE T bound(const T* list, int64_t size) const {
+    V largest = vload(list);
+    for (int64_t at = W; at < size; at += W) largest = vmax(largest, vload(list + at));
+    T lane[W];
+    vstore(lane, largest);
+    V reached = vset(T(0));  // by how many lanes
+    const V one = vset(T(1));
+    UNROLL for (int l = 0; l < W; ++l) reached =
+        select(less_equal(largest, vset(lane[l])), vadd(reached, one), reached);
+    return reduce_max(select(less_equal(vset(T(count)), reached), largest, vset(-T(INFINITY))));
+  }
+  // The first n candidates in order, each put where as many are before it: earlier ones that are as large, and later
+  // ones that are larger.
   INLINE void sort(int64_t n) {
     vstore(values + n, vset(-T(INFINITY)));
-    const V one = vset(T(1));
-    for (int64_t block = 0; block < n; block += W) {
-      const V x = vload(values + block);
-      V rank = vset(T(0));
-      auto add = [&](Lanes before) INLINE_LAMBDA { rank = select(before, vadd(rank, one), rank); };
-      for (int64_t i = 0; i < block; ++i) add(less_equal(x, vset(values[i])));
-      UNROLL for (int l = 0; l < W; ++l) {
-        const V y = vset(values[block + l]);
-        add(less(x, y) | (less_equal(x, y) & lanes<T>(l + 1, W)));
-      }
-      for (int64_t i = block + W; i < n; ++i) add(less(x, vset(values[i])));
-      T ranks[W];
-      vstore(ranks, rank);
-      for (int64_t l = 0; l < min_of<int64_t>(W, n - block); ++l) {
-        const int64_t to = int64_t(ranks[l]);
-        sorted[to] = values[block + l], found[to] = numbers[block + l];
-      }
+    auto put = [&](int64_t i, int64_t rank) INLINE_LAMBDA { sorted[rank] = values[i], found[rank] = numbers[i]; };
+    auto before = [](V x, V y, uint32_t earlier) INLINE_LAMBDA {
+      const uint32_t as_large = bits_of_lanes<T>(less_equal(y, x)), larger = bits_of_lanes<T>(less(y, x));
+      return int64_t(__builtin_popcount((as_large & earlier) | larger));
+    };
+    if (n <= W) {
+      const V x = vload(values);
+      for (int64_t i = 0; i < n; ++i) put(i, before(x, vset(values[i]), (1u << i) - 1));
+      return;
     }
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t rank = 0;
+      for (int64_t block = 0; block < n; block += W) {
+        const int64_t earlier = max_of<int64_t>(0, min_of<int64_t>(i - block, W));
+        rank += before(vload(values + block), vset(values[i]), (1u << earlier) - 1);
+      }
+      put(i, rank);
+    }
+  }
+  // Keeps the best of n candidates, and returns what others must reach: more than the last of these, as it came first.
+  __attribute__((noinline)) T leave_best(int64_t n) {
+    sort(n);
+    memcpy(values, sorted, size_t(count) * sizeof(T)), memcpy(numbers, found, size_t(count) * sizeof(int32_t));
+    return std::nextafter(sorted[count - 1], T(INFINITY));
   }
 };
 

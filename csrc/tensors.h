@@ -68,15 +68,24 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   return zero ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
 }
 // Hints that a large fresh tensor be made of huge pages, before anything touches it: zeroing 4 KiB pages one fault at a
-// time is most of the time of an op that only streams.
+// time is most of the time of an op that only streams. What is left at its ends, about 2 MiB, gets its small pages by
+// one call each: 512 faults take 0.4 ms, or 1 ms in a process with many mappings, and the calls 0.15 ms (Zen 5).
 inline void use_huge_pages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__)
   if (!t.is_cpu()) return;
-  constexpr uintptr_t page = uintptr_t{2} << 20;
+  constexpr uintptr_t huge = uintptr_t{2} << 20, small = 4096;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t end = (begin + uintptr_t(t.numel()) * uintptr_t(t.element_size())) / page * page;
-  const uintptr_t first = (begin + page - 1) / page * page;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  const uintptr_t end = begin + uintptr_t(t.numel()) * uintptr_t(t.element_size());
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  if (first >= last) return;
+  auto advise = [](uintptr_t from, uintptr_t to, int advice) {
+    madvise(reinterpret_cast<void*>(from), to - from, advice);
+  };
+  advise(first, last, MADV_HUGEPAGE);
+#if defined(MADV_POPULATE_WRITE)
+  advise(begin / small * small, first, MADV_POPULATE_WRITE);
+  advise(last, (end + small - 1) / small * small, MADV_POPULATE_WRITE);
+#endif
 #endif
 }
 inline bool same_device(const Tensor& a, const Tensor& b) {

@@ -5,8 +5,8 @@ bytes: each row of an expert is read and written (the gradients of combine: read
 against is `copy_` of as many bytes, as many of them into a new tensor as the op makes, of huge pages too: the system
 zeroes the pages of a new tensor, at 25 GB/s where `copy_` reads and writes 42 GB/s in all, which is half of the time of
 a dispatch and no part of its work. Reported as well: the share of `copy_` between tensors that are there already. A
-bare loop that moves the same rows into new pages reaches 64 to 74 % of that (dispatch 67-73, combine 68-73 forward and
-64-68 backward), and into pages that are there 93 to 160 %.
+bare loop that moves the same rows into new pages reaches 65 to 75 % of that (dispatch 67-73, combine 68-75 forward and
+65-69 backward), and into pages that are there 97 to 160 %.
 
 Experts multiply: 2 flops for each weight of a row forward, twice as many backward; one token reads the weights of its
 experts. What is timed is the whole block, routing included, beside Transformers' Mixtral with the same weights in each

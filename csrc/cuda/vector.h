@@ -124,9 +124,9 @@ int with_kernel(DType dtype, bool vectors, bool interleaved, const F& f) {
   });
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+__host__ __device__ constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Blocks along a dimension of the grid where there may be more than it can have: kernels go round in steps of the grid.
 inline unsigned grid_x(int64_t blocks) { return unsigned(min_of(blocks, (int64_t(1) << 31) - 1)); }

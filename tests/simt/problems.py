@@ -72,6 +72,40 @@ class CombineProblem(ctypes.Structure):
     ]
 
 
+class AttentionProblem(ctypes.Structure):
+    _fields_ = [
+        ("dtype", Enum),
+        *((name, Size) for name in ("batch", "heads", "kv_heads", "q_len", "k_len", "head_dim", "value_dim")),
+        *((name, Strided) for name in ("query", "key", "value")),
+        *((name, Pointer) for name in ("rotate_query", "rotate_key")),
+        ("out", Strided),
+        ("lse", Pointer),
+        ("dense", Strided),
+        ("dense_dtype", Enum),
+        ("diag", Pointer),
+        *((name, Size) for name in ("diag_heads", "diag_rows")),
+        ("diag_index", Pointer),
+        *((name, Strided) for name in ("rel_query", "rel_q", "rel_k")),
+        *((name, Size) for name in ("rel_rows", "rel_q_batch", "rel_q_heads", "rel_k_batch", "rel_k_heads")),
+        *((name, Pointer) for name in ("rel_index", "segment", "segment_q", "segment_k")),
+        *((name, Size) for name in ("segment_q_batch", "segment_k_batch")),
+        ("mask", Strided),
+        ("intervals", Pointer),
+        ("intervals_batch", Size),
+        *((name, Pointer) for name in ("block_offsets", "block_index", "block_bits")),
+        *((name, Size) for name in ("block_batch", "block_head")),
+        *((name, Pointer) for name in ("sinks", "cu_seqlens_q", "cu_seqlens_k")),
+        *((name, Size) for name in ("sequences", "left", "right")),
+        *((name, ctypes.c_double) for name in ("scale", "softcap", "dropout_p")),
+        ("seed", ctypes.c_uint64),
+        ("grad_out", Strided),
+        ("grad_lse", Pointer),
+        *((name, Strided) for name in ("grad_query", "grad_key", "grad_value", "grad_rel_query", "grad_dense")),
+        *((name, Pointer) for name in ("grad_diag", "grad_rel_q", "grad_rel_k", "grad_segment", "grad_sinks")),
+        ("workspace", Pointer),
+    ]
+
+
 def view(tensor: torch.Tensor, feature: int = 0) -> Strided:
     """A (batch, head, row, feature) tensor from this feature on; dimensions of size 1 broadcast."""
     strides = (0 if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride()))

@@ -1,0 +1,202 @@
+// Attention forward for sm_80 and later: mma.sync, K and V in a ring of two stages filled by cp.async.
+//
+// A block computes `rows` queries of one head, a warp 16 M of them: S = Q K^T of a tile of keys, its weights, O += P V
+// with P in registers. Scores are in units of log2, so that a weight is one ex2. Tiles that nobody sees are not
+// visited, and only tiles that some query sees in part ask who sees what.
+// Source: Dao, "FlashAttention-2" (2023), algorithm 1.
+#include "attention_tiles.h"
+
+namespace pyext {
+namespace {
+
+// The softmax of 16 M rows so far: exact sums of what one lane holds, relative to the row's highest score.
+template <int M>
+struct OnlineSoftmax {
+  float highest[M][2], total[M][2];
+
+  PYEXT_DEVICE OnlineSoftmax() {
+#pragma unroll
+    for (int i = 0; i < M; ++i) highest[i][0] = highest[i][1] = -INFINITY, total[i][0] = total[i][1] = 0;
+  }
+
+  // Scores become weights; `factor` is what earlier weights must be multiplied by.
+  template <int N>
+  PYEXT_DEVICE void add(float (&s)[M][N][4], float (&factor)[M][2]) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float high = highest[i][half];
+#pragma unroll
+        for (int j = 0; j < N; ++j) high = fmaxf(high, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+        const float base = high == -INFINITY ? 0.0f : high;  // a row that has seen nothing yet
+        factor[i][half] = ptx::exp2_approx(highest[i][half] - base);
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) s[i][j][e] = ptx::exp2_approx(s[i][j][e] - base), sum += s[i][j][e];
+        }
+        total[i][half] = total[i][half] * factor[i][half] + sum, highest[i][half] = high;
+      }
+    }
+  }
+
+  // Sums over the four lanes of a row.
+  PYEXT_DEVICE void finish() {
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& sum = total[i][half];
+        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+      }
+    }
+  }
+};
+
+template <int width_, int M_, int warps_, int columns_>
+struct ForwardTile {
+  static constexpr int width = width_, M = M_, warps = warps_, columns = columns_, threads = 32 * warps,
+                       rows = 16 * M * warps, N = columns / 8, strip = rows + columns;
+  static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) +
+                                      int(sizeof(float)) * 2 * strip + int(sizeof(Visible<threads, rows>));
+};
+
+template <class T, class Tile, bool biased>
+__global__ void __launch_bounds__(Tile::threads, 1)
+    attention_forward(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length) {
+  constexpr int width = Tile::width, M = Tile::M, N = Tile::N, threads = Tile::threads, columns = Tile::columns;
+  PYEXT_SHARED(T, shared);
+  const SharedTile<T, width> q{shared};
+  const auto stage = [&](int n) { return SharedTile<T, width>{q.at(Tile::rows + n * columns, 0)}; };
+  float* const strip = reinterpret_cast<float*>(q.at(Tile::rows + 4 * columns, 0));
+  auto& seen = *reinterpret_cast<Visible<threads, Tile::rows>*>(strip + 2 * Tile::strip);
+
+  // The last queries first: under a causal mask they have most to do.
+  const int blocks = int(ceil_div(p.q_len, Tile::rows)), heads = int(p.heads), pair = blockIdx.x / blocks;
+  const int head = pair % heads, batch = pair / heads, kv_head = head / (heads / int(p.kv_heads));
+  const int first = (blocks - 1 - blockIdx.x % blocks) * Tile::rows;
+  const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + head * p.query.head;
+  const T* key = static_cast<const T*>(p.key.data) + batch * p.key.batch + kv_head * p.key.head;
+  const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
+  if (biased) strips += p.diag_heads == 1 ? 0 : head * strip_length;
+
+  const Range range = find_visible(p, batch, first, seen);
+  const int begin = range.begin / columns, end = range.end ? (range.end - 1) / columns + 1 : begin;
+  const auto load_key = [&](int tile) {
+    if (tile < end)
+      load_tile<threads, columns>(stage(tile % 2), key, p.key.row, int64_t(tile) * columns, p.k_len, p.head_dim);
+    ptx::cp_async_commit();  // an empty group, too: groups count tiles
+  };
+  const auto load_value = [&](int tile) {
+    if (tile < end)
+      load_tile<threads, columns>(stage(2 + tile % 2), value, p.value.row, int64_t(tile) * columns, p.k_len,
+                                  p.value_dim);
+    ptx::cp_async_commit();
+  };
+  StripAhead<threads, Tile::strip> ahead;
+  const auto read_strip = [&](int tile) {
+    if (biased)
+      ahead.read(strips, strip_length, strip_start(p, int64_t(first) + Tile::rows - 1, int64_t(tile) * columns));
+  };
+  load_tile<threads, Tile::rows>(q, query, p.query.row, first, p.q_len, p.head_dim);
+  load_key(begin), load_value(begin), read_strip(begin);
+  if (biased) ahead.store(strip + begin % 2 * Tile::strip);
+
+  const int row = threadIdx.x / 32 * 16 * M + lane_row();
+  OnlineSoftmax<M> softmax;
+  float out[M][width / 8][4] = {}, factor[M][2];
+  for (int tile = begin; tile < end; ++tile) {
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // the tile's keys are there, for all, and all are done with the values before
+    load_key(tile + 1), read_strip(tile + 1);
+    float s[M][N][4] = {};
+    multiply_transposed<M, N>(s, q, threadIdx.x / 32 * 16 * M, stage(tile % 2));
+    if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
+    finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
+                                range.covers(tile * columns, tile * columns + columns));
+    softmax.add(s, factor);
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+      for (int j = 0; j < width / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[i][j][e] *= factor[i][e / 2];
+      }
+    }
+    uint32_t weights[M][N / 2][4];
+    as_left<T>(weights, s);
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // the tile's values are there, and all are done with its keys
+    load_value(tile + 1);
+    multiply(out, weights, stage(2 + tile % 2));
+  }
+  ptx::cp_async_wait<0>();
+
+  softmax.finish();
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = softmax.total[i][half];
+      factor[i][half] = total > 0 ? 1 / total : 0;
+      const int64_t at = first + row + 16 * i + 8 * half;
+      if (threadIdx.x % 4 == 0 && at < p.q_len)
+        p.lse[pair * p.q_len + at] =
+            total > 0 ? kLn2 * double(softmax.highest[i][half] + log2f(total)) : -double(INFINITY);
+    }
+  }
+  T* result = static_cast<T*>(p.out.data) + batch * p.out.batch + head * p.out.head;
+  store_rows(result, p.out.row, int64_t(first) + row - lane_row(), p.q_len, p.value_dim, out, factor);
+}
+
+template <class T, class Tile, bool biased>
+int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(p.q_len, Tile::rows) * p.heads * p.batch;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return ptx::launch(attention_forward<T, Tile, biased>, dim3(unsigned(blocks)), dim3(Tile::threads),
+                     Tile::shared_bytes, stream, p, w.strips, w.strip_length);
+}
+
+template <class T, class Tile>
+int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  return p.diag ? launch_forward<T, Tile, true>(p, w, stream) : launch_forward<T, Tile, false>(p, w, stream);
+}
+
+// A warp has 32 rows, so that what it loads of K and V serves two products; at 256 features its registers hold 16.
+template <class T>
+int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  const int64_t width = max_of(p.head_dim, p.value_dim);
+  if (width <= 64) return with_bias<T, ForwardTile<64, 2, 4, 64>>(p, w, stream);
+  if (width <= 96) return with_bias<T, ForwardTile<96, 2, 4, 64>>(p, w, stream);
+  if (width <= 128) return with_bias<T, ForwardTile<128, 2, 4, 64>>(p, w, stream);
+  if (width <= 256) return with_bias<T, ForwardTile<256, 1, 8, 32>>(p, w, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace pyext
+
+extern "C" int64_t pyext_cuda_attention_forward_workspace(const pyext::AttentionProblem& p) {
+  return pyext::AttentionWorkspace(p, nullptr, false).bytes;
+}
+
+extern "C" int pyext_cuda_attention_forward(const pyext::AttentionProblem& p, void* stream) {
+  using namespace pyext;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (!fits_tiles(p, p.query, p.key, p.value)) return cudaErrorInvalidValue;
+  if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
+  const AttentionWorkspace w(p, p.workspace, false);
+  if (const int error = expand_strips(p, w, s)) return error;
+  switch (p.dtype) {
+    case DType::bf16:
+      return with_width<bf16>(p, w, s);
+    case DType::f16:
+      return with_width<f16>(p, w, s);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}

@@ -1,0 +1,404 @@
+// Attention backward for sm_80 and later, deterministic: no atomics, and every sum in a fixed order. One kernel has a
+// block of keys and goes over the queries that see them (dK, dV), another has a block of queries and goes over their
+// keys (dQ, and the sums of dS along diagonals, which are the bias's gradient). Both compute S and dP again.
+//
+//   P = exp2(S - lse), dP = dO V^T, dS = P (dP - delta), delta = <dO, O> - dLSE
+//   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
+// Source: Dao, "FlashAttention-2" (2023), algorithm 2, with its loops apart.
+#include "attention_tiles.h"
+
+namespace pyext {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32, kBlockRows = 16 * kWarps, kStepRows = 64, kN = kStepRows / 8;
+
+// --- What both need of every query ---
+
+// A warp per query.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    prepare_queries(const __grid_constant__ AttentionProblem p, float* delta, float* lse) {
+  const int64_t at = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32;
+  if (at >= p.batch * p.heads * p.q_len) return;
+  const int64_t query = at % p.q_len, head = at / p.q_len % p.heads, batch = at / p.q_len / p.heads;
+  const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + head * p.grad_out.head +
+                  query * p.grad_out.row;
+  const T* out = static_cast<const T*>(p.out.data) + batch * p.out.batch + head * p.out.head + query * p.out.row;
+  float sum = 0;
+  for (int64_t column = threadIdx.x % 32 * 8; column < p.value_dim; column += 32 * 8) {
+    const ptx::Vector<T> a = ptx::load_vector(grad + column), b = ptx::load_vector(out + column);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += ptx::to_float(a.values[i]) * ptx::to_float(b.values[i]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (threadIdx.x % 32) return;
+  delta[at] = p.grad_lse ? sum - float(p.grad_lse[at]) : sum;
+  lse[at] = p.lse[at] == -double(INFINITY) ? 0.0f : float(p.lse[at] / kLn2);
+}
+
+__global__ void __launch_bounds__(kStepRows) prepare_ranges(const __grid_constant__ AttentionProblem p, Range* ranges) {
+  using Seen = Visible<kStepRows, kStepRows>;
+  PYEXT_SHARED(Seen, seen);
+  const int64_t block = blockIdx.x, batch = blockIdx.y;
+  const Range range = find_visible(p, batch, block * kStepRows, *seen);
+  if (threadIdx.x == 0) ranges[batch * gridDim.x + block] = range;
+}
+
+// --- dK and dV ---
+
+template <int width>
+constexpr int key_shared_bytes() {
+  return 2 * tile_elements<width>(2 * kBlockRows + 4 * kStepRows) +
+         2 * int(sizeof(float) * (kBlockRows + kStepRows) + (2 * sizeof(float) + sizeof(Interval)) * kStepRows);
+}
+
+// What a step needs besides its tiles, of kStepRows queries: read early, stored late.
+template <bool biased>
+struct QueriesAhead {
+  static constexpr int strip_entries = kBlockRows + kStepRows;
+  struct Stage {
+    float strip[strip_entries], lse[kStepRows], delta[kStepRows];
+    Interval seen[kStepRows];
+  };
+  StripAhead<kThreads, strip_entries> strip;
+  float lse = 0, delta = 0;
+  Interval seen{0, 0};
+
+  PYEXT_DEVICE void store(Stage& stage) const {
+    if (biased) strip.store(stage.strip);
+    if (threadIdx.x >= kStepRows) return;
+    stage.lse[threadIdx.x] = lse, stage.delta[threadIdx.x] = delta, stage.seen[threadIdx.x] = seen;
+  }
+};
+
+template <class T, int width, bool biased>
+__global__ void __launch_bounds__(kThreads, 1)
+    gradients_of_keys(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
+                      const float* delta, const float* lse, const Range* ranges) {
+  using Ahead = QueriesAhead<biased>;
+  PYEXT_SHARED(T, shared);
+  const SharedTile<T, width> keys{shared}, values{keys.at(kBlockRows, 0)};
+  const auto queries = [&](int n) { return SharedTile<T, width>{keys.at(2 * kBlockRows + n % 2 * kStepRows, 0)}; };
+  const auto grads = [&](int n) { return SharedTile<T, width>{keys.at(2 * kBlockRows + (2 + n % 2) * kStepRows, 0)}; };
+  auto* const stages = reinterpret_cast<typename Ahead::Stage*>(keys.at(2 * kBlockRows + 4 * kStepRows, 0));
+
+  const int key_blocks = int(ceil_div(p.k_len, kBlockRows)), kv_heads = int(p.kv_heads);
+  const int first_key = blockIdx.x % key_blocks * kBlockRows, pair = blockIdx.x / key_blocks;
+  const int kv_head = pair % kv_heads, batch = pair / kv_heads;
+  const int query_blocks = int(ceil_div(p.q_len, kStepRows)), sharing = int(p.heads / p.kv_heads);
+  const int heads_end = (kv_head + 1) * sharing;
+  ranges += batch * query_blocks;
+
+  // The queries that see a key of this block: steps of one head, then of the next that shares the keys.
+  struct Step {
+    int head, block;
+  };
+  const auto settled = [&](Step step) {
+    for (; step.head < heads_end; ++step.head, step.block = 0)
+      for (; step.block < query_blocks; ++step.block)
+        if (ranges[step.block].meets(first_key, first_key + kBlockRows)) return step;
+    return step;
+  };
+  Ahead ahead;
+  const auto load = [&](const Step& step, int n) {
+    if (step.head < heads_end) {
+      const int64_t first = int64_t(step.block) * kStepRows, row = first + threadIdx.x;
+      const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + step.head * p.query.head;
+      const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + step.head * p.grad_out.head;
+      load_tile<kThreads, kStepRows>(queries(n), query, p.query.row, first, p.q_len, p.head_dim);
+      load_tile<kThreads, kStepRows>(grads(n), grad, p.grad_out.row, first, p.q_len, p.value_dim);
+      if (biased)
+        ahead.strip.read(strips + (p.diag_heads == 1 ? 0 : step.head * strip_length), strip_length,
+                         strip_start(p, first + kStepRows - 1, first_key));
+      if (threadIdx.x < kStepRows) {
+        const int64_t at = (batch * p.heads + step.head) * p.q_len + row;
+        ahead.seen = visible(p, batch, row);
+        ahead.lse = row < p.q_len ? lse[at] : 0.0f, ahead.delta = row < p.q_len ? delta[at] : 0.0f;
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  const T* key = static_cast<const T*>(p.key.data) + batch * p.key.batch + kv_head * p.key.head;
+  const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
+  load_tile<kThreads, kBlockRows>(keys, key, p.key.row, first_key, p.k_len, p.head_dim);
+  load_tile<kThreads, kBlockRows>(values, value, p.value.row, first_key, p.k_len, p.value_dim);
+  Step step = settled({heads_end - sharing, 0});
+  load(step, 0);
+  ahead.store(stages[0]);
+
+  const int own = threadIdx.x / 32 * 16, row = own + lane_row();
+  const float scale = float(p.scale) * kLog2e;
+  float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
+  for (int n = 0; step.head < heads_end; ++n) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
+    const bool all = ranges[step.block].covers(first_key, first_key + kBlockRows);
+    step = settled({step.head, step.block + 1});
+    load(step, n + 1);
+    const typename Ahead::Stage& stage = stages[n % 2];
+
+    float p_t[1][kN][4] = {};  // transposed: rows are keys
+    multiply_transposed<1, kN>(p_t, keys, own, queries(n));
+    ahead.store(stages[(n + 1) % 2]);
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int query = 8 * j + lane_column() + e % 2, at = row + e / 2 * 8;
+        float& x = p_t[0][j][e];
+        const float s = biased ? fmaf(x, scale, stage.strip[at - query + kStepRows - 1]) : x * scale;
+        x = all || stage.seen[query].holds(first_key + at) ? ptx::exp2_approx(s - stage.lse[query]) : 0.0f;
+      }
+    }
+    uint32_t left[1][kN / 2][4];
+    as_left<T>(left, p_t);
+    multiply(grad_value, left, grads(n));
+    float ds_t[1][kN][4] = {};
+    multiply_transposed<1, kN>(ds_t, values, own, grads(n));
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        ds_t[0][j][e] = p_t[0][j][e] * (ds_t[0][j][e] - stage.delta[8 * j + lane_column() + e % 2]);
+    }
+    as_left<T>(left, ds_t);
+    multiply(grad_key, left, queries(n));
+  }
+  ptx::cp_async_wait<0>();
+
+  const float scaled[1][2] = {{float(p.scale), float(p.scale)}}, plain[1][2] = {{1, 1}};
+  store_rows(static_cast<T*>(p.grad_key.data) + batch * p.grad_key.batch + kv_head * p.grad_key.head, p.grad_key.row,
+             first_key + own, p.k_len, p.head_dim, grad_key, scaled);
+  store_rows(static_cast<T*>(p.grad_value.data) + batch * p.grad_value.batch + kv_head * p.grad_value.head,
+             p.grad_value.row, first_key + own, p.k_len, p.value_dim, grad_value, plain);
+}
+
+// --- dQ, and the gradients of strips ---
+
+struct QueryTile {
+  static constexpr int M = 1, N = kN, columns = kStepRows, rows = kBlockRows, strip = rows + columns;
+};
+
+// Sums of a tile of dS along its diagonals. A warp's 16 rows have diagonals in octets: lane (g, t) holds, of each 8 x 8
+// block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet.
+struct Diagonals {
+  static constexpr int octets = kN + 2, count = 8 * octets;  // of a warp, the first at distance -16 from its corner
+  float *terms, *sums;  // (warps, octets, 8 rows, 8 diagonals), (warps, count)
+  static constexpr int floats = kWarps * (8 * count + count);
+
+  PYEXT_DEVICE explicit Diagonals(float* shared) : terms(shared), sums(shared + kWarps * 8 * count) {}
+
+  PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4]) const {
+    float* const own = terms + threadIdx.x / 32 * 8 * count;
+    const int g = lane_row();
+    // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, both halves of the rows added.
+    const auto block = [&](int d, int e) {
+      return (d >= 0 && d < kN ? ds[0][d][e] : 0.0f) + (d >= -1 && d < kN - 1 ? ds[0][d + 1][2 + e] : 0.0f);
+    };
+#pragma unroll
+    for (int o = 0; o < octets; ++o) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = lane_column() + e;
+        own[(8 * o + g) * 8 + (c - g + 8) % 8] = c >= g ? block(o - 2, e) : block(o - 1, e);
+      }
+    }
+    __syncwarp();
+    for (int i = threadIdx.x % 32; i < count; i += 32) {
+      float sum = 0;
+#pragma unroll
+      for (int r = 0; r < 8; ++r) sum += own[(i / 8 * 8 + r) * 8 + i % 8];
+      sums[threadIdx.x / 32 * count + i] = sum;
+    }
+  }
+
+  // After a barrier: adds the tile's diagonals to a strip in global memory that nobody else adds to. Entry 0 of the tile
+  // is that of its last row and first column, at `start` of the strip.
+  PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
+    const int i = threadIdx.x;
+    if (i >= kBlockRows + kStepRows - 1 || start + i < 0 || start + i >= length) return;
+    float sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const int at = i - (kBlockRows - 1) + 16 * warp + 16;
+      if (0 <= at && at < count) sum += sums[warp * count + at];
+    }
+    strip[start + i] += sum;
+  }
+};
+
+template <int width>
+constexpr int query_shared_bytes(bool diagonals) {
+  return 2 * tile_elements<width>(2 * kBlockRows + 4 * kStepRows) + int(sizeof(Visible<kThreads, kBlockRows>)) +
+         int(sizeof(float)) * (2 * QueryTile::strip + (diagonals ? Diagonals::floats : 0));
+}
+
+template <class T, int width, bool biased, bool diagonals>
+__global__ void __launch_bounds__(kThreads, 1)
+    gradients_of_queries(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
+                         const float* delta, const float* lse, float* slots) {
+  using Tile = QueryTile;
+  PYEXT_SHARED(T, shared);
+  const SharedTile<T, width> queries{shared}, grads{queries.at(kBlockRows, 0)};
+  const auto stage = [&](int n) { return SharedTile<T, width>{queries.at(2 * kBlockRows + n * kStepRows, 0)}; };
+  using Seen = Visible<kThreads, kBlockRows>;
+  Seen& seen = *reinterpret_cast<Seen*>(queries.at(2 * kBlockRows + 4 * kStepRows, 0));
+  float* const strip = reinterpret_cast<float*>(&seen + 1);
+  const Diagonals sums(strip + 2 * Tile::strip);
+
+  const int64_t blocks = ceil_div(p.q_len, kBlockRows), pairs = p.batch * p.heads, per_head = gridDim.x / pairs;
+  const int64_t slot = blockIdx.x % per_head, head = blockIdx.x / per_head % p.heads;
+  const int64_t batch = blockIdx.x / per_head / p.heads, kv_head = head / (p.heads / p.kv_heads);
+  const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + head * p.query.head;
+  const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + head * p.grad_out.head;
+  const T* key = static_cast<const T*>(p.key.data) + batch * p.key.batch + kv_head * p.key.head;
+  const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
+  if (biased) strips += p.diag_heads == 1 ? 0 : head * strip_length;
+  if (diagonals) {
+    slots += blockIdx.x * strip_length;
+    for (int64_t u = threadIdx.x; u < strip_length; u += kThreads) slots[u] = 0;
+  }
+
+  // The last queries first: under a causal mask they have most to do.
+  for (int64_t block = blocks - 1 - slot; block >= 0; block -= per_head) {
+    const int64_t first = block * kBlockRows;
+    __syncthreads();  // all are done with what the block before left in shared memory
+    const Range range = find_visible(p, batch, first, seen);
+    const int begin = range.begin / kStepRows, end = range.end ? (range.end - 1) / kStepRows + 1 : begin;
+    StripAhead<kThreads, Tile::strip> ahead;
+    const auto load = [&](int tile) {
+      if (tile < end) {
+        const int64_t at = int64_t(tile) * kStepRows;
+        load_tile<kThreads, kStepRows>(stage(tile % 2), key, p.key.row, at, p.k_len, p.head_dim);
+        load_tile<kThreads, kStepRows>(stage(2 + tile % 2), value, p.value.row, at, p.k_len, p.value_dim);
+        if (biased) ahead.read(strips, strip_length, strip_start(p, first + kBlockRows - 1, at));
+      }
+      ptx::cp_async_commit();
+    };
+    load_tile<kThreads, kBlockRows>(queries, query, p.query.row, first, p.q_len, p.head_dim);
+    load_tile<kThreads, kBlockRows>(grads, grad, p.grad_out.row, first, p.q_len, p.value_dim);
+    load(begin);
+    if (biased) ahead.store(strip + begin % 2 * Tile::strip);
+
+    const int own = threadIdx.x / 32 * 16;
+    float row_lse[2], row_delta[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first + own + lane_row() + 8 * half, at = (batch * p.heads + head) * p.q_len + row;
+      row_lse[half] = row < p.q_len ? lse[at] : 0.0f, row_delta[half] = row < p.q_len ? delta[at] : 0.0f;
+    }
+    float grad_query[1][width / 8][4] = {};
+    for (int tile = begin; tile < end; ++tile) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
+      load(tile + 1);
+      float s[1][kN][4] = {}, ds[1][kN][4] = {};
+      multiply_transposed<1, kN>(s, queries, own, stage(tile % 2));
+      if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
+      finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * kStepRows,
+                                  range.covers(tile * kStepRows, (tile + 1) * kStepRows));
+      multiply_transposed<1, kN>(ds, grads, own, stage(2 + tile % 2));
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          ds[0][j][e] = ptx::exp2_approx(s[0][j][e] - row_lse[e / 2]) * (ds[0][j][e] - row_delta[e / 2]);
+      }
+      if (diagonals) sums.sum_warp(ds);
+      uint32_t left[1][kN / 2][4];
+      as_left<T>(left, ds);
+      multiply(grad_query, left, stage(tile % 2));
+      if (diagonals) {
+        __syncthreads();
+        sums.add_to(slots, strip_length, strip_start(p, first + kBlockRows - 1, int64_t(tile) * kStepRows));
+      }
+    }
+    ptx::cp_async_wait<0>();
+    const float scaled[1][2] = {{float(p.scale), float(p.scale)}};
+    store_rows(static_cast<T*>(p.grad_query.data) + batch * p.grad_query.batch + head * p.grad_query.head,
+               p.grad_query.row, first + own, p.q_len, p.head_dim, grad_query, scaled);
+  }
+}
+
+// --- Launchers ---
+
+AttentionWorkspace workspace_of(const AttentionProblem& p, void* base) {
+  return AttentionWorkspace(p, base, true, ceil_div(p.q_len, kStepRows), ceil_div(p.q_len, kBlockRows));
+}
+
+template <class T>
+int prepare(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  if (const int error = expand_strips(p, w, stream)) return error;
+  const int64_t blocks = ceil_div(p.batch * p.heads * p.q_len, kWarps);
+  if (blocks > INT32_MAX || p.batch > 65535) return cudaErrorInvalidValue;
+  const int error = ptx::launch(prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
+  if (error) return error;
+  const dim3 grid(unsigned(ceil_div(p.q_len, kStepRows)), unsigned(p.batch));
+  return ptx::launch(prepare_ranges, grid, dim3(kStepRows), sizeof(Visible<kStepRows, kStepRows>), stream, p,
+                     reinterpret_cast<Range*>(w.ranges));
+}
+
+template <class T, int width, bool biased>
+int launch_keys(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(p.k_len, kBlockRows) * p.kv_heads * p.batch;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return ptx::launch(gradients_of_keys<T, width, biased>, dim3(unsigned(blocks)), dim3(kThreads),
+                     key_shared_bytes<width>(), stream, p, w.strips, w.strip_length, w.delta, w.lse,
+                     reinterpret_cast<const Range*>(w.ranges));
+}
+
+template <class T, int width, bool biased, bool diagonals>
+int launch_queries(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  const int64_t blocks = (diagonals ? w.slot_count : ceil_div(p.q_len, kBlockRows)) * p.heads * p.batch;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return ptx::launch(gradients_of_queries<T, width, biased, diagonals>, dim3(unsigned(blocks)), dim3(kThreads),
+                     query_shared_bytes<width>(diagonals), stream, p, w.strips, w.strip_length, w.delta, w.lse, w.slots);
+}
+
+template <class T, int width>
+int launch_backward(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  if (const int error = prepare<T>(p, w, stream)) return error;
+  if (!p.diag) {
+    if (const int error = launch_keys<T, width, false>(p, w, stream)) return error;
+    return launch_queries<T, width, false, false>(p, w, stream);
+  }
+  if (const int error = launch_keys<T, width, true>(p, w, stream)) return error;
+  if (!p.grad_diag) return launch_queries<T, width, true, false>(p, w, stream);
+  if (const int error = launch_queries<T, width, true, true>(p, w, stream)) return error;
+  return sum_strips(p, w, stream);
+}
+
+template <class T>
+int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  const int64_t width = max_of(p.head_dim, p.value_dim);
+  if (width <= 64) return launch_backward<T, 64>(p, w, stream);
+  if (width <= 96) return launch_backward<T, 96>(p, w, stream);
+  if (width <= 128) return launch_backward<T, 128>(p, w, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace pyext
+
+extern "C" int64_t pyext_cuda_attention_backward_workspace(const pyext::AttentionProblem& p) {
+  return pyext::workspace_of(p, nullptr).bytes;
+}
+
+extern "C" int pyext_cuda_attention_backward(const pyext::AttentionProblem& p, void* stream) {
+  using namespace pyext;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (!fits_tiles(p, p.query, p.key, p.value, p.out, p.grad_out)) return cudaErrorInvalidValue;
+  const AttentionWorkspace w = workspace_of(p, p.workspace);
+  switch (p.dtype) {
+    case DType::bf16:
+      return with_width<bf16>(p, w, s);
+    case DType::f16:
+      return with_width<f16>(p, w, s);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}

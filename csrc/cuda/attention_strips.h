@@ -1,0 +1,110 @@
+// Scratch memory of the attention kernels, linear in the lengths, and the strips in it: one bias per distance and head,
+// so that a tile of queries and keys needs the few entries between its corners.
+#pragma once
+#include "../attention.h"
+#include "vector.h"
+
+namespace pyext {
+namespace {
+
+// Strips that blocks of queries add their gradients to: enough blocks at work to fill any GPU.
+constexpr int64_t kStrips = 512;
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct AttentionWorkspace {
+  // (diag_heads, strip_length): entry u is the bias of distance u - (k_len - 1), times log2(e). Null without bias.
+  float* strips = nullptr;
+  int64_t strip_length = 0;
+
+  // Backward only. Of every query, (batch, heads, q_len): the gradient of its scores is P (dP - delta); its LSE in
+  // units of log2, 0 where it sees nothing.
+  float *delta = nullptr, *lse = nullptr;
+  // (batch, ranges): see `Range`, of kRangeRows queries each.
+  int4* ranges = nullptr;
+  // Gradients of the strips, (batch, heads, slot_count, strip_length), and (diag_heads, strip_length), their sums.
+  float *slots = nullptr, *strip_gradients = nullptr;
+  int64_t slot_count = 0;
+
+  int64_t bytes = 0;
+
+  // A null base measures. `query_blocks`: of the kernel that computes the gradients of strips.
+  AttentionWorkspace(const AttentionProblem& p, void* base, bool backward, int64_t ranges_per_batch = 0,
+                     int64_t query_blocks = 0) {
+    auto take = [&](auto*& piece, int64_t count) {
+      using Element = std::remove_reference_t<decltype(*piece)>;
+      piece = base ? reinterpret_cast<Element*>(static_cast<char*>(base) + bytes) : nullptr;
+      bytes += ceil_div(count * int64_t(sizeof(Element)), 256) * 256;
+    };
+    if (p.diag) {
+      strip_length = max_of(p.q_len + p.k_len - 1, 0);
+      take(strips, p.diag_heads * strip_length);
+    }
+    if (!backward) return;
+    take(delta, p.batch * p.heads * p.q_len), take(lse, p.batch * p.heads * p.q_len);
+    take(ranges, p.batch * ranges_per_batch);
+    if (!p.grad_diag) return;
+    slot_count = max_of(1, min_of(query_blocks, kStrips / max_of(1, p.batch * p.heads)));
+    take(slots, p.batch * p.heads * slot_count * strip_length), take(strip_gradients, p.diag_heads * strip_length);
+  }
+};
+
+// strips[h, u] = diag[h, index[u]] log2(e). A row outside of the table, which nobody can report here, becomes NaN.
+__global__ void __launch_bounds__(256)
+    expand_strips_kernel(const float* diag, int64_t rows, const int32_t* index, float* strips, int64_t length) {
+  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, head = blockIdx.y;
+  if (u >= length) return;
+  const int64_t row = index ? index[u] : u;
+  strips[head * length + u] = 0 <= row && row < rows ? diag[head * rows + row] * kLog2e : NAN;
+}
+
+inline int expand_strips(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  if (!p.diag || w.strip_length == 0) return cudaSuccess;
+  if (p.diag_heads > 65535) return cudaErrorInvalidValue;
+  const dim3 grid(unsigned(ceil_div(w.strip_length, 256)), unsigned(p.diag_heads));
+  return ptx::launch(expand_strips_kernel, grid, dim3(256), 0, stream, static_cast<const float*>(p.diag), p.diag_rows,
+                     p.diag_index, w.strips, w.strip_length);
+}
+
+// sums[h, u] = the sum of slots[b, i, s, u] over b, s and the heads i that share strip h, in this order.
+__global__ void __launch_bounds__(256) sum_slots_kernel(const float* slots, int64_t batch, int64_t heads,
+                                                        int64_t slot_count, int64_t length, float* sums) {
+  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, strip = blockIdx.y, sharing = heads / gridDim.y;
+  if (u >= length) return;
+  float sum = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = strip * sharing; i < (strip + 1) * sharing; ++i)
+      for (int64_t s = 0; s < slot_count; ++s) sum += slots[((b * heads + i) * slot_count + s) * length + u];
+  sums[strip * length + u] = sum;
+}
+
+// gradient[h, r] = the sum of strip_gradients[h, u] over the distances u of row r: one block each, in a fixed order.
+__global__ void __launch_bounds__(256)
+    sum_distances_kernel(const float* strip_gradients, const int32_t* index, int64_t length, float* gradient) {
+  PYEXT_SHARED(float, parts);
+  const float* strip = strip_gradients + blockIdx.y * length;
+  float sum = 0;
+  for (int64_t u = threadIdx.x; u < length; u += 256)
+    if (index[u] == int64_t(blockIdx.x)) sum += strip[u];
+  parts[threadIdx.x] = sum;
+  for (int half = 128; half > 0; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) parts[threadIdx.x] += parts[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) gradient[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = parts[0];
+}
+
+// Slots -> grad_diag.
+inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  float* const gradient = static_cast<float*>(p.grad_diag);
+  if (w.strip_length == 0 || p.diag_rows == 0) return cudaSuccess;
+  if (p.diag_heads > 65535 || p.diag_rows > INT32_MAX) return cudaErrorInvalidValue;
+  const dim3 grid(unsigned(ceil_div(w.strip_length, 256)), unsigned(p.diag_heads));
+  const int error = ptx::launch(sum_slots_kernel, grid, dim3(256), 0, stream, w.slots, p.batch, p.heads, w.slot_count,
+                                w.strip_length, p.diag_index ? w.strip_gradients : gradient);
+  if (error || !p.diag_index) return error;
+  return ptx::launch(sum_distances_kernel, dim3(unsigned(p.diag_rows), unsigned(p.diag_heads)), dim3(256),
+                     256 * sizeof(float), stream, w.strip_gradients, p.diag_index, w.strip_length, gradient);
+}
+
+}  // namespace
+}  // namespace pyext

@@ -1,0 +1,262 @@
+// What the attention kernels for sm_80 share: tiles in shared memory and their products by mma.sync, which keys a query
+// sees, and strips of biases.
+//
+// With g = lane / 4 and t = lane % 4 a lane holds, of an accumulator of M x N blocks of 16 x 8, sum[a][b][e]:
+// row 16 a + g + 8 (e / 2), column 8 b + 2 t + e % 2.
+#pragma once
+#include "attention_strips.h"
+
+namespace pyext {
+namespace {
+
+constexpr double kLn2 = 0.6931471805599453;
+
+PYEXT_DEVICE int lane_row() { return threadIdx.x % 32 / 4; }
+PYEXT_DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
+
+// --- Tiles: rows of `width` 16-bit elements, 16 bytes apart, so that the chunks that ldmatrix reads at once, one of
+// each of eight rows, lie in different banks. ---
+
+template <class T, int width>
+struct SharedTile {
+  T* data;
+  PYEXT_DEVICE T* at(int row, int column) const { return data + row * (width + 8) + column; }
+};
+template <int width>
+constexpr int tile_elements(int rows) {
+  return rows * (width + 8);
+}
+
+// Starts the copy of `rows` rows from row `first` on; zeros beyond row `count` and beyond `columns`.
+template <int threads, int rows, class T, int width>
+PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, int64_t row_stride, int64_t first,
+                            int64_t count, int64_t columns) {
+  constexpr int chunks = width / 8;
+  static_assert(rows * chunks % threads == 0, "every thread copies the same number of chunks");
+#pragma unroll 1  // addresses of several chunks at once would cost the registers that products need
+  for (int n = 0; n < rows * chunks / threads; ++n) {
+    const int i = n * threads + threadIdx.x, row = i / chunks, column = i % chunks * 8;
+    const bool valid = first + row < count && column < columns;
+    ptx::cp_async(tile.at(row, column), matrix + (valid ? (first + row) * row_stride + column : 0), valid);
+  }
+}
+
+// --- Products ---
+
+// sum += a b^T for 16 M rows of a from `a_row` on and the first 8 N rows of b.
+template <int M, int N, class T, int width>
+PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row,
+                                      const SharedTile<T, width>& b) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int k = 0; k < width; k += 16) {
+    uint32_t left[M][4];
+#pragma unroll
+    for (int i = 0; i < M; ++i) ptx::ldmatrix(left[i], a.at(a_row + 16 * i + lane % 16, k + lane / 16 * 8));
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      uint32_t right[4];
+      ptx::ldmatrix(right, b.at(8 * j + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        ptx::mma<T>(sum[i][j], left[i], {right[0], right[1]});
+        ptx::mma<T>(sum[i][j + 1], left[i], {right[2], right[3]});
+      }
+    }
+  }
+}
+
+// An accumulator rounded to T, as the left operand of a product with 8 N rows.
+template <class T, int M, int N>
+PYEXT_DEVICE void as_left(uint32_t (&left)[M][N / 2][4], const float (&sum)[M][N][4]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      left[i][j / 2][j % 2 * 2] = ptx::pack<T>(sum[i][j][0], sum[i][j][1]);
+      left[i][j / 2][j % 2 * 2 + 1] = ptx::pack<T>(sum[i][j][2], sum[i][j][3]);
+    }
+  }
+}
+
+// sum += left b for the first 16 K rows of b.
+template <int M, int K, class T, int width>
+PYEXT_DEVICE void multiply(float (&sum)[M][width / 8][4], const uint32_t (&left)[M][K][4],
+                           const SharedTile<T, width>& b) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int j = 0; j < width / 8; j += 2) {
+      uint32_t right[4];
+      ptx::ldmatrix_transposed(right, b.at(16 * k + lane % 16, 8 * j + lane / 16 * 8));
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        ptx::mma<T>(sum[i][j], left[i][k], {right[0], right[1]});
+        ptx::mma<T>(sum[i][j + 1], left[i][k], {right[2], right[3]});
+      }
+    }
+  }
+}
+
+// Stores factor * sum: rows [first, count) of the 16 M that a warp holds, columns below `columns`, two at a time.
+template <class T, int M, int N>
+PYEXT_DEVICE void store_rows(T* matrix, int64_t row_stride, int64_t first, int64_t count, int64_t columns,
+                             const float (&sum)[M][N][4], const float (&factor)[M][2]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first + 16 * i + 8 * half + lane_row();
+      if (row >= count) continue;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const int column = 8 * j + lane_column();
+        if (column >= columns) continue;
+        const float scale = factor[i][half];
+        *reinterpret_cast<uint32_t*>(matrix + row * row_stride + column) =
+            ptx::pack<T>(scale * sum[i][j][2 * half], scale * sum[i][j][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// --- Who sees whom: every mask here is one interval of keys per query. ---
+
+// Keys [begin, end); empty: begin >= end.
+struct Interval {
+  int begin, end;
+  PYEXT_DEVICE bool holds(int key) const { return begin <= key && key < end; }
+};
+
+PYEXT_DEVICE Interval visible(const AttentionProblem& p, int64_t batch, int64_t query) {
+  if (query >= p.q_len) return {0, 0};
+  const int64_t aligned = query + p.k_len - p.q_len;  // the key at distance 0
+  int64_t begin = max(aligned - p.left, int64_t(0)), end = min(aligned + p.right + 1, p.k_len);
+  if (p.intervals) {
+    const int32_t* at = p.intervals + batch * p.intervals_batch + 2 * query;
+    begin = max(begin, int64_t(at[0])), end = min(end, int64_t(at[1]));
+  }
+  return begin < end ? Interval{int(begin), int(end)} : Interval{0, 0};
+}
+
+// The keys that some query of a tile sees, and those that all of them see.
+struct Range {
+  int begin, end, all_begin, all_end;
+
+  static PYEXT_DEVICE Range of(const Interval& v) {
+    const bool sees = v.begin < v.end;
+    return {sees ? v.begin : INT32_MAX, sees ? v.end : 0, sees ? v.begin : INT32_MAX, sees ? v.end : 0};
+  }
+  static PYEXT_DEVICE Range of_nobody() { return {INT32_MAX, 0, 0, INT32_MAX}; }
+  PYEXT_DEVICE void join(const Range& r) {
+    begin = min(begin, r.begin), end = max(end, r.end);
+    all_begin = max(all_begin, r.all_begin), all_end = min(all_end, r.all_end);
+  }
+  PYEXT_DEVICE bool meets(int from, int to) const { return begin < to && from < end; }
+  PYEXT_DEVICE bool covers(int from, int to) const { return all_begin <= from && to <= all_end; }
+};
+
+// What the `rows` queries of a block of threads see, in shared memory.
+template <int threads, int rows>
+struct Visible {
+  Interval of[rows];
+  Range of_warp[threads / 32];
+};
+
+// Of the queries from `first` on, for all threads: their range. A barrier must stand between this and its next use.
+template <int threads, int rows>
+PYEXT_DEVICE Range find_visible(const AttentionProblem& p, int64_t batch, int64_t first, Visible<threads, rows>& seen) {
+  static_assert(rows <= threads, "one query per thread");
+  Range range = Range::of_nobody();
+  if (threadIdx.x < rows) {
+    const Interval interval = visible(p, batch, first + threadIdx.x);
+    seen.of[threadIdx.x] = interval, range = Range::of(interval);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    range.join({__shfl_xor_sync(~0u, range.begin, step), __shfl_xor_sync(~0u, range.end, step),
+                __shfl_xor_sync(~0u, range.all_begin, step), __shfl_xor_sync(~0u, range.all_end, step)});
+  }
+  if (threadIdx.x % 32 == 0) seen.of_warp[threadIdx.x / 32] = range;
+  __syncthreads();
+  range = seen.of_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < threads / 32; ++warp) range.join(seen.of_warp[warp]);
+  return range;
+}
+
+// --- Strips: one bias per distance, in units of log2, as a tile of `rows` queries and `columns` keys needs it. ---
+
+// Where the strip of a tile starts: the entry of its last query and its first key, which may lie before the strip where
+// that query does not exist.
+PYEXT_DEVICE int64_t strip_start(const AttentionProblem& p, int64_t last_query, int64_t first_key) {
+  return first_key - last_query + p.q_len - 1;
+}
+
+// The entries of a tile on their way: read early, stored late, so that nobody waits for global memory.
+template <int threads, int entries>
+struct StripAhead {
+  static constexpr int count = (entries + threads - 1) / threads;
+  float values[count];
+
+  PYEXT_DEVICE void read(const float* strip, int64_t length, int64_t start) {
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      const int64_t at = start + n * threads + threadIdx.x;
+      values[n] = 0 <= at && at < length ? strip[at] : 0.0f;
+    }
+  }
+  PYEXT_DEVICE void store(float* shared) const {
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      const int i = n * threads + threadIdx.x;
+      if (i < entries) shared[i] = values[n];
+    }
+  }
+};
+
+// Scores in units of log2, -inf where a query does not see a key. `strip` starts with the tile's last query; `seen` is
+// what each query sees.
+template <class Tile, bool biased>
+PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, const float* strip,
+                                const Interval* seen, int first_key, bool all) {
+  const int row = threadIdx.x / 32 * 16 * Tile::M + lane_row();
+  // Eight rows further down and eight columns further right is the same distance: the same load.
+#pragma unroll
+  for (int i = 0; i < Tile::M; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int distance = 8 * j + lane_column() + e % 2 - (row + 16 * i + e / 2 * 8);
+        s[i][j][e] = biased ? fmaf(s[i][j][e], scale, strip[distance + Tile::rows - 1]) : s[i][j][e] * scale;
+      }
+    }
+  }
+  if (all) return;
+#pragma unroll
+  for (int i = 0; i < Tile::M; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Interval keys = seen[row + 16 * i + 8 * half];
+#pragma unroll
+      for (int j = 0; j < Tile::N; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (!keys.holds(first_key + 8 * j + lane_column() + e)) s[i][j][2 * half + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Whether rows can be copied 16 bytes at a time, and the problem has nothing but what these kernels know.
+template <class... Tensors>
+bool fits_tiles(const AttentionProblem& p, const Tensors&... tensors) {
+  return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && has_aligned_rows(p.dtype, tensors...) && !p.dense.data &&
+         !p.rel_index && !p.segment && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q &&
+         p.softcap == 0 && p.dropout_p == 0;
+}
+
+}  // namespace
+}  // namespace pyext

@@ -1,0 +1,85 @@
+"""attention_forward and attention_backward of torch.ops.pyext by csrc/cuda/attention_sm80*.cu: see ops.py."""
+
+from __future__ import annotations
+
+import torch
+
+from pyext._primitives import AttentionProblem as Call
+
+from .problems import DTYPES, AttentionProblem, Strided, view
+
+Tensor = torch.Tensor
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """What the kernels copy 16 bytes at a time: as it is, or contiguous."""
+    unit = 16 // tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(step % unit == 0 for step in tensor.stride()[:3])
+    return tensor if tensor.stride(-1) == 1 and aligned else tensor.contiguous()
+
+
+def _fresh(batch: int, heads: int, rows: int, features: int, like: Tensor) -> Tensor:
+    return torch.empty(batch, rows, heads, features, dtype=like.dtype).transpose(1, 2)
+
+
+def _problem(call: Call) -> tuple[AttentionProblem, dict[str, Tensor | None]]:
+    """The problem of a forward without its results, and the tensors that it points at."""
+    inputs = {name: _as_rows(getattr(call, name)) for name in ("query", "key", "value")}
+    query, key, value = inputs.values()
+    p = AttentionProblem(dtype=DTYPES.index(query.dtype), left=call.left, right=call.right, scale=call.scale)
+    p.batch, p.heads, p.q_len, p.head_dim = query.shape
+    p.kv_heads, p.k_len, p.value_dim = key.shape[1], key.shape[2], value.shape[3]
+    p.query, p.key, p.value = map(view, inputs.values())
+    p.softcap, p.dropout_p = call.softcap, call.dropout_p
+    for name in ("diag", "diag_index", "intervals"):
+        tensor = getattr(call, name)
+        if tensor is not None:
+            inputs[name] = tensor.contiguous()
+            setattr(p, name, inputs[name].data_ptr())
+    if call.diag is not None:
+        p.diag_heads, p.diag_rows = call.diag.shape
+    if call.intervals is not None and call.intervals.shape[0] > 1:
+        p.intervals_batch = 2 * p.q_len
+    return p, inputs
+
+
+def _run(launch, p: AttentionProblem, results: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> None:
+    size = launch.workspace(p)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    p.workspace = workspace.data_ptr()
+    launch(p, dict(results, workspace=workspace), **inputs)
+
+
+def forward(launch, *arguments):
+    call = Call(*arguments)
+    p, inputs = _problem(call)
+    out = _fresh(p.batch, p.heads, p.q_len, p.value_dim, call.query)
+    lse = torch.empty(p.batch, p.heads, p.q_len, dtype=torch.float64)
+    p.out, p.lse = view(out), lse.data_ptr()
+    _run(launch, p, dict(out=out, lse=lse), inputs)
+    return out, lse
+
+
+def backward(launch, grad_out, grad_lse, query, key, value, out, lse, *arguments):
+    *rest, need_diag, _, _, _ = arguments
+    call = Call(query, key, value, *rest[:-1])
+    p, inputs = _problem(call)
+    inputs |= dict(grad_out=_as_rows(grad_out), out=_as_rows(out), lse=lse.contiguous())
+    p.grad_out, p.out, p.lse = view(inputs["grad_out"]), view(inputs["out"]), inputs["lse"].data_ptr()
+    if grad_lse is not None:
+        inputs["grad_lse"] = grad_lse.contiguous()
+        p.grad_lse = inputs["grad_lse"].data_ptr()
+    results = dict(
+        grad_query=_fresh(p.batch, p.heads, p.q_len, p.head_dim, query),
+        grad_key=_fresh(p.batch, p.kv_heads, p.k_len, p.head_dim, key),
+        grad_value=_fresh(p.batch, p.kv_heads, p.k_len, p.value_dim, value),
+    )
+    for name, tensor in results.items():
+        setattr(p, name, view(tensor))
+    none = torch.empty(0, dtype=torch.float32)
+    grad_diag = none
+    if call.diag is not None and need_diag:
+        results["grad_diag"] = grad_diag = torch.empty(call.diag.shape, dtype=torch.float32)
+        p.grad_diag = grad_diag.data_ptr()
+    _run(launch, p, results, inputs)
+    return (*list(results.values())[:3], none, grad_diag, *(none.clone() for _ in range(5)))

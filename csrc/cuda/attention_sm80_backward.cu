@@ -63,12 +63,12 @@ struct QueriesAhead {
   };
   StripAhead<kThreads, strip_entries> strip;
   float lse = 0, delta = 0;
-  Interval seen{0, 0};
 
-  PYEXT_DEVICE void store(Stage& stage) const {
+  PYEXT_DEVICE void store(Stage& stage, const AttentionProblem& p, int64_t batch, int64_t first) const {
     if (biased) strip.store(stage.strip);
     if (threadIdx.x >= kStepRows) return;
-    stage.lse[threadIdx.x] = lse, stage.delta[threadIdx.x] = delta, stage.seen[threadIdx.x] = seen;
+    stage.lse[threadIdx.x] = lse, stage.delta[threadIdx.x] = delta;
+    stage.seen[threadIdx.x] = visible(p, batch, first + threadIdx.x);
   }
 };
 
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int kv_head = pair % kv_heads, batch = pair / kv_heads;
   const int query_blocks = int(ceil_div(p.q_len, kStepRows)), sharing = int(p.heads / p.kv_heads);
   const int heads_end = (kv_head + 1) * sharing;
-  ranges += batch * query_blocks;
+  const auto range = [&](int block) { return ranges[int64_t(batch) * query_blocks + block]; };
 
   // The queries that see a key of this block: steps of one head, then of the next that shares the keys.
   struct Step {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto settled = [&](Step step) {
     for (; step.head < heads_end; ++step.head, step.block = 0)
       for (; step.block < query_blocks; ++step.block)
-        if (ranges[step.block].meets(first_key, first_key + kBlockRows)) return step;
+        if (range(step.block).meets(first_key, first_key + kBlockRows)) return step;
     return step;
   };
   Ahead ahead;
@@ -113,7 +113,6 @@ __global__ void __launch_bounds__(kThreads, 1)
                          strip_start(p, first + kStepRows - 1, first_key));
       if (threadIdx.x < kStepRows) {
         const int64_t at = (batch * p.heads + step.head) * p.q_len + row;
-        ahead.seen = visible(p, batch, row);
         ahead.lse = row < p.q_len ? lse[at] : 0.0f, ahead.delta = row < p.q_len ? delta[at] : 0.0f;
       }
     }
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   load_tile<kThreads, kBlockRows>(values, value, p.value.row, first_key, p.k_len, p.value_dim);
   Step step = settled({heads_end - sharing, 0});
   load(step, 0);
-  ahead.store(stages[0]);
+  ahead.store(stages[0], p, batch, int64_t(step.block) * kStepRows);
 
   const int own = threadIdx.x / 32 * 16, row = own + lane_row();
   const float scale = float(p.scale) * kLog2e;
@@ -134,14 +133,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int n = 0; step.head < heads_end; ++n) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    const bool all = ranges[step.block].covers(first_key, first_key + kBlockRows);
+    const bool all = range(step.block).covers(first_key, first_key + kBlockRows);
     step = settled({step.head, step.block + 1});
     load(step, n + 1);
     const typename Ahead::Stage& stage = stages[n % 2];
 
     float p_t[1][kN][4] = {};  // transposed: rows are keys
     multiply_transposed<1, kN>(p_t, keys, own, queries(n));
-    ahead.store(stages[(n + 1) % 2]);
+    ahead.store(stages[(n + 1) % 2], p, batch, int64_t(step.block) * kStepRows);
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
 #pragma unroll
@@ -149,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int query = 8 * j + lane_column() + e % 2, at = row + e / 2 * 8;
         float& x = p_t[0][j][e];
         const float s = biased ? fmaf(x, scale, stage.strip[at - query + kStepRows - 1]) : x * scale;
-        x = all || stage.seen[query].holds(first_key + at) ? ptx::exp2_approx(s - stage.lse[query]) : 0.0f;
+        x = ptx::exp2_approx(s - stage.lse[query]);
+        if (!all && !stage.seen[query].holds(first_key + at)) x = 0;
       }
     }
     uint32_t left[1][kN / 2][4];

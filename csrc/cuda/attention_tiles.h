@@ -48,7 +48,7 @@ template <int M, int N, class T, int width>
 PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row,
                                       const SharedTile<T, width>& b) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 2
+#pragma unroll 2  // all at once, and the fragments of later steps would cost the registers of the sums
   for (int k = 0; k < width; k += 16) {
     uint32_t left[M][4];
 #pragma unroll

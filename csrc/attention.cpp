@@ -1,5 +1,6 @@
 // The attention op: schema, checks of invariants, torch tensors -> AttentionProblem -> the kernels of the active
-// instruction set. Friendly messages come from Python (pyext/ops/attention.py); what is checked here protects memory.
+// instruction set, or of the GPU. Friendly messages come from Python (pyext/ops/attention.py); what is checked here
+// protects memory. What tables of numbers hold is checked here on the CPU, and by the kernels on a GPU.
 #include "attention.h"
 
 #include <tuple>
@@ -22,6 +23,14 @@ void check_broadcast(const Tensor& t, const AttentionProblem& p, const char* nam
                   " must be broadcastable to (batch, heads, query length, key length) with a full last dimension");
 }
 
+// What the kernels of the tensor's device can read in place: those of a GPU copy 16 bytes at a time.
+Tensor readable_rows(const Tensor& t) {
+  if (!t.is_cuda()) return readable(t);
+  bool whole = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < 3; ++d) whole = whole && t.stride(d) * int64_t(t.element_size()) % 16 == 0;
+  return whole ? t : torch::stable::contiguous(t);
+}
+
 // The optional arguments that forward and backward share, kept alive while the kernel reads them.
 struct Arguments {
   Tensor query, key, value;
@@ -31,16 +40,17 @@ struct Arguments {
   double scale, softcap, dropout_p;
 
   AttentionProblem problem() {
-    query = readable(query), key = readable(key), value = readable(value), dense = readable(dense),
-    mask = readable(mask);
+    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                    "query, key and value must have 4 dimensions");
+    query = readable_rows(query), key = readable_rows(key), value = readable_rows(value);
+    dense = readable(dense), mask = readable(mask);
     rel_query = readable(rel_query), rel_q = readable(rel_q), rel_k = readable(rel_k);
     for (MaybeTensor* t : {&diag, &diag_index, &rel_index, &segment, &segment_q, &segment_k, &intervals, &block_offsets,
                            &block_index, &block_bits, &sinks, &cu_seqlens_q, &cu_seqlens_k, &seed})
       *t = contiguous(*t);
+    if (query.is_cuda()) check_device();
     AttentionProblem p;
     p.dtype = dtype_of(query);
-    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
-                    "query, key and value must have 4 dimensions");
     STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
                     "query, key and value must share a dtype");
     p.batch = query.size(0), p.heads = query.size(1), p.q_len = query.size(2), p.head_dim = query.size(3);
@@ -66,13 +76,23 @@ struct Arguments {
     return p;
   }
 
+  // Of what the kernels on a GPU read. They refuse what they do not know.
+  void check_device() const {
+    STD_TORCH_CHECK(same_device(query, key) && same_device(query, value), "query, key and value must share a device");
+    for (const MaybeTensor* t : {&diag, &diag_index, &intervals})
+      STD_TORCH_CHECK(!*t || same_device(query, **t), "biases and masks must be on the device of query");
+    for (const MaybeTensor* t :
+         {&dense, &rel_query, &rel_q, &rel_k, &segment, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
+      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals and diagonal biases only");
+  }
+
   static int64_t strip_length(const AttentionProblem& p) { return p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1; }
   // One row number per distance.
   static const int32_t* index_of_distances(const Tensor& t, int64_t length, int64_t rows, const char* name) {
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.numel() == length, name,
                     " must hold q_len + k_len - 1 int32");
     const auto* index = static_cast<const int32_t*>(t.const_data_ptr());
-    for (int64_t u = 0; u < length; ++u)
+    for (int64_t u = 0; t.is_cpu() && u < length; ++u)
       STD_TORCH_CHECK(index[u] >= 0 && index[u] < rows, name, " must lie in [0, rows)");
     return index;
   }
@@ -242,7 +262,13 @@ std::tuple<Tensor, Tensor> attention_forward(
     p.rotate_query = &query_by, p.rotate_key = &key_by;
     kernels().attention_forward(p, parallel());
   } else {
-    kernels().attention_forward(p, parallel());
+    run_on_device(
+        a.query, "query", [&] { kernels().attention_forward(p, parallel()); },
+        [&](auto stream) {
+          const Tensor memory = workspace(a.query, pyext_cuda_attention_forward_workspace(p));
+          p.workspace = memory.mutable_data_ptr();
+          return pyext_cuda_attention_forward(p, stream);
+        });
   }
   return {out, lse};
 }
@@ -266,13 +292,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
               seed,      left,          right,       scale,      softcap,   dropout_p};
   AttentionProblem p = a.problem();
   const ScalarType acc = accumulator(a.query);
-  Tensor grad = readable(grad_out), saved_out = readable(out), saved_lse = torch::stable::contiguous(lse);
+  STD_TORCH_CHECK(grad_out.dim() == 4 && out.dim() == 4, "grad_out and out must have 4 dimensions");
+  Tensor grad = readable_rows(grad_out), saved_out = readable_rows(out), saved_lse = torch::stable::contiguous(lse);
   auto is_output = [&](const Tensor& t) {
-    return t.dim() == 4 && t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == p.q_len &&
+    return same_device(t, a.query) && t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == p.q_len &&
            t.size(3) == p.value_dim && t.scalar_type() == a.query.scalar_type();
   };
   auto is_lse = [&](const Tensor& t) {
-    return t.numel() == p.batch * p.heads * p.q_len && t.scalar_type() == ScalarType::Double;
+    return same_device(t, a.query) && t.numel() == p.batch * p.heads * p.q_len && t.scalar_type() == ScalarType::Double;
   };
   STD_TORCH_CHECK(is_output(grad) && is_output(saved_out) && is_lse(saved_lse),
                   "grad_out, out and lse must match the forward's results");
@@ -306,7 +333,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (a.rel_k && need_rel_k) p.grad_rel_k = grad_rel_k.mutable_data_ptr();
   if (a.segment && need_segment) p.grad_segment = grad_segment.mutable_data_ptr();
   if (a.sinks) p.grad_sinks = grad_sinks.mutable_data_ptr();
-  kernels().attention_backward(p, parallel());
+  run_on_device(
+      a.query, "query", [&] { kernels().attention_backward(p, parallel()); },
+      [&](auto stream) {
+        const Tensor memory = workspace(a.query, pyext_cuda_attention_backward_workspace(p));
+        p.workspace = memory.mutable_data_ptr();
+        return pyext_cuda_attention_backward(p, stream);
+      });
   return {grad_query,     grad_key,   grad_value, grad_dense,   grad_diag,
           grad_rel_query, grad_rel_q, grad_rel_k, grad_segment, grad_sinks};
 }
@@ -339,5 +372,12 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("attention_rotated_forward", TORCH_BOX(rotated_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
+
+#if defined(PYEXT_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pyext, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward<>));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+#endif
 
 }  // namespace pyext

@@ -16,9 +16,6 @@ const uint8_t* bytes_of(const MaybeTensor& t) { return t ? static_cast<const uin
 const int32_t* read_numbers(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 int32_t* numbers_of(const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); }
 
-// What kernels on a GPU leave for one another. The allocator keeps it for the stream that they run on.
-Tensor workspace(const Tensor& like, int64_t bytes) { return empty(like, {bytes}, ScalarType::Byte); }
-
 // The problem that both directions have in common; the tensors must outlive it.
 RouteProblem problem_of(const Tensor& logits, const MaybeTensor& token_mask, int64_t policy, bool renormalize) {
   STD_TORCH_CHECK(logits.dim() == 3 && logits.size(2) > 0, "logits must have shape (G, S, E) with E > 0");

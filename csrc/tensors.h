@@ -67,6 +67,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.begin(), sizes.size());
   return zero ? torch::stable::new_zeros(like, shape, dtype) : torch::stable::new_empty(like, shape, dtype);
 }
+// What kernels on a GPU leave for one another. The allocator keeps it for the stream that they run on.
+inline Tensor workspace(const Tensor& like, int64_t bytes) { return empty(like, {bytes}, ScalarType::Byte); }
 // Hints that a large fresh tensor be made of huge pages, before anything touches it: zeroing 4 KiB pages one fault at a
 // time is most of the time of an op that only streams. What is left at its ends, about 2 MiB, gets its small pages by
 // one call each: 512 faults take 0.4 ms, or 1 ms in a process with many mappings, and the calls 0.15 ms (Zen 5).

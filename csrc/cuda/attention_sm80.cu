@@ -37,7 +37,8 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
 #pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) s[i][j][e] = ptx::exp2_approx(s[i][j][e] - base), sum += s[i][j][e];
+          for (int e = 2 * half; e < 2 * half + 2; ++e)
+            s[i][j][e] = ptx::exp2_approx(s[i][j][e] - base), sum += s[i][j][e];
         }
         total[i][half] = total[i][half] * factor[i][half] + sum, highest[i][half] = high;
       }
@@ -61,8 +62,8 @@ template <int width_, int M_, int warps_, int columns_>
 struct ForwardTile {
   static constexpr int width = width_, M = M_, warps = warps_, columns = columns_, threads = 32 * warps,
                        rows = 16 * M * warps, N = columns / 8, strip = rows + columns;
-  static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) +
-                                      int(sizeof(float)) * 2 * strip + int(sizeof(Visible<threads, rows>));
+  static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) + int(sizeof(float)) * 2 * strip +
+                                      int(sizeof(Visible<threads, rows>));
 };
 
 template <class T, class Tile, bool biased>

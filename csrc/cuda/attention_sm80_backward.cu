@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += ptx::to_float(a.values[i]) * ptx::to_float(b.values[i]);
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  sum = warp_sum(sum);
   if (threadIdx.x % 32) return;
   delta[at] = p.grad_lse ? sum - float(p.grad_lse[at]) : sum;
   lse[at] = p.lse[at] == -double(INFINITY) ? 0.0f : float(p.lse[at] / kLn2);
@@ -185,7 +184,7 @@ struct QueryTile {
 // block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet.
 struct Diagonals {
   static constexpr int octets = kN + 2, count = 8 * octets;  // of a warp, the first at distance -16 from its corner
-  float *terms, *sums;  // (warps, octets, 8 rows, 8 diagonals), (warps, count)
+  float *terms, *sums;                                       // (warps, octets, 8 rows, 8 diagonals), (warps, count)
   static constexpr int floats = kWarps * (8 * count + count);
 
   PYEXT_DEVICE explicit Diagonals(float* shared) : terms(shared), sums(shared + kWarps * 8 * count) {}
@@ -214,8 +213,8 @@ struct Diagonals {
     }
   }
 
-  // After a barrier: adds the tile's diagonals to a strip in global memory that nobody else adds to. Entry 0 of the tile
-  // is that of its last row and first column, at `start` of the strip.
+  // After a barrier: adds the tile's diagonals to a strip in global memory that nobody else adds to. Entry 0 of the
+  // tile is that of its last row and first column, at `start` of the strip.
   PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
     const int i = threadIdx.x;
     if (i >= kBlockRows + kStepRows - 1 || start + i < 0 || start + i >= length) return;
@@ -333,7 +332,8 @@ int prepare(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t
   if (const int error = expand_strips(p, w, stream)) return error;
   const int64_t blocks = ceil_div(p.batch * p.heads * p.q_len, kWarps);
   if (blocks > INT32_MAX || p.batch > 65535) return cudaErrorInvalidValue;
-  const int error = ptx::launch(prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
+  const int error =
+      ptx::launch(prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
   if (error) return error;
   const dim3 grid(unsigned(ceil_div(p.q_len, kStepRows)), unsigned(p.batch));
   return ptx::launch(prepare_ranges, grid, dim3(kStepRows), sizeof(Visible<kStepRows, kStepRows>), stream, p,
@@ -356,7 +356,8 @@ int launch_queries(const AttentionProblem& p, const AttentionWorkspace& w, cudaS
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   return ptx::launch(gradients_of_queries<T, width, biased, diagonals>, dim3(unsigned(blocks)), dim3(kThreads),
-                     query_shared_bytes<width>(diagonals), stream, p, w.strips, w.strip_length, w.delta, w.lse, w.slots);
+                     query_shared_bytes<width>(diagonals), stream, p, w.strips, w.strip_length, w.delta, w.lse,
+                     w.slots);
 }
 
 template <class T, int width>

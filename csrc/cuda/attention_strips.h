@@ -3,6 +3,7 @@
 #pragma once
 #include "../attention.h"
 #include "vector.h"
+#include "warp.h"
 
 namespace pyext {
 namespace {
@@ -85,12 +86,8 @@ __global__ void __launch_bounds__(256)
   float sum = 0;
   for (int64_t u = threadIdx.x; u < length; u += 256)
     if (index[u] == int64_t(blockIdx.x)) sum += strip[u];
-  parts[threadIdx.x] = sum;
-  for (int half = 128; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) parts[threadIdx.x] += parts[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) gradient[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = parts[0];
+  sum = block_sum(sum, parts);
+  if (threadIdx.x == 0) gradient[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = sum;
 }
 
 // Slots -> grad_diag.
@@ -103,7 +100,7 @@ inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cu
                                 w.strip_length, p.diag_index ? w.strip_gradients : gradient);
   if (error || !p.diag_index) return error;
   return ptx::launch(sum_distances_kernel, dim3(unsigned(p.diag_rows), unsigned(p.diag_heads)), dim3(256),
-                     256 * sizeof(float), stream, w.strip_gradients, p.diag_index, w.strip_length, gradient);
+                     32 * sizeof(float), stream, w.strip_gradients, p.diag_index, w.strip_length, gradient);
 }
 
 }  // namespace

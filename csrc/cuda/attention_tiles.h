@@ -219,8 +219,8 @@ struct StripAhead {
 // Scores in units of log2, -inf where a query does not see a key. `strip` starts with the tile's last query; `seen` is
 // what each query sees.
 template <class Tile, bool biased>
-PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, const float* strip,
-                                const Interval* seen, int first_key, bool all) {
+PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, const float* strip, const Interval* seen,
+                                int first_key, bool all) {
   const int row = threadIdx.x / 32 * 16 * Tile::M + lane_row();
   // Eight rows further down and eight columns further right is the same distance: the same load.
 #pragma unroll

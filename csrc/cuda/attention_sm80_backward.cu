@@ -17,7 +17,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32, kBlockRows = 16 * kWarps, 
 // A warp per query.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    prepare_queries(const __grid_constant__ AttentionProblem p, float* delta, float* lse) {
+    attention_prepare_queries(const __grid_constant__ AttentionProblem p, float* delta, float* lse) {
   const int64_t at = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32;
   if (at >= p.batch * p.heads * p.q_len) return;
   const int64_t query = at % p.q_len, head = at / p.q_len % p.heads, batch = at / p.q_len / p.heads;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   lse[at] = p.lse[at] == -double(INFINITY) ? 0.0f : float(p.lse[at] / kLn2);
 }
 
-__global__ void __launch_bounds__(kStepRows) prepare_ranges(const __grid_constant__ AttentionProblem p, Range* ranges) {
+__global__ void __launch_bounds__(kStepRows) attention_prepare_ranges(const __grid_constant__ AttentionProblem p, Range* ranges) {
   using Seen = Visible<kStepRows, kStepRows>;
   PYEXT_SHARED(Seen, seen);
   const int64_t block = blockIdx.x, batch = blockIdx.y;
@@ -73,7 +73,7 @@ struct QueriesAhead {
 
 template <class T, int width, bool biased>
 __global__ void __launch_bounds__(kThreads, 1)
-    gradients_of_keys(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
+    attention_backward_keys(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
                       const float* delta, const float* lse, const Range* ranges) {
   using Ahead = QueriesAhead<biased>;
   PYEXT_SHARED(T, shared);
@@ -236,7 +236,7 @@ constexpr int query_shared_bytes(bool diagonals) {
 
 template <class T, int width, bool biased, bool diagonals>
 __global__ void __launch_bounds__(kThreads, 1)
-    gradients_of_queries(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
+    attention_backward_queries(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
                          const float* delta, const float* lse, float* slots) {
   using Tile = QueryTile;
   PYEXT_SHARED(T, shared);
@@ -333,10 +333,10 @@ int prepare(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t
   const int64_t blocks = ceil_div(p.batch * p.heads * p.q_len, kWarps);
   if (blocks > INT32_MAX || p.batch > 65535) return cudaErrorInvalidValue;
   const int error =
-      ptx::launch(prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
+      ptx::launch(attention_prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
   if (error) return error;
   const dim3 grid(unsigned(ceil_div(p.q_len, kStepRows)), unsigned(p.batch));
-  return ptx::launch(prepare_ranges, grid, dim3(kStepRows), sizeof(Visible<kStepRows, kStepRows>), stream, p,
+  return ptx::launch(attention_prepare_ranges, grid, dim3(kStepRows), sizeof(Visible<kStepRows, kStepRows>), stream, p,
                      reinterpret_cast<Range*>(w.ranges));
 }
 
@@ -345,7 +345,7 @@ int launch_keys(const AttentionProblem& p, const AttentionWorkspace& w, cudaStre
   const int64_t blocks = ceil_div(p.k_len, kBlockRows) * p.kv_heads * p.batch;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(gradients_of_keys<T, width, biased>, dim3(unsigned(blocks)), dim3(kThreads),
+  return ptx::launch(attention_backward_keys<T, width, biased>, dim3(unsigned(blocks)), dim3(kThreads),
                      key_shared_bytes<width>(), stream, p, w.strips, w.strip_length, w.delta, w.lse,
                      reinterpret_cast<const Range*>(w.ranges));
 }
@@ -355,7 +355,7 @@ int launch_queries(const AttentionProblem& p, const AttentionWorkspace& w, cudaS
   const int64_t blocks = (diagonals ? w.slot_count : ceil_div(p.q_len, kBlockRows)) * p.heads * p.batch;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(gradients_of_queries<T, width, biased, diagonals>, dim3(unsigned(blocks)), dim3(kThreads),
+  return ptx::launch(attention_backward_queries<T, width, biased, diagonals>, dim3(unsigned(blocks)), dim3(kThreads),
                      query_shared_bytes<width>(diagonals), stream, p, w.strips, w.strip_length, w.delta, w.lse,
                      w.slots);
 }

@@ -51,7 +51,7 @@ struct AttentionWorkspace {
 
 // strips[h, u] = diag[h, index[u]] log2(e). A row outside of the table, which nobody can report here, becomes NaN.
 __global__ void __launch_bounds__(256)
-    expand_strips_kernel(const float* diag, int64_t rows, const int32_t* index, float* strips, int64_t length) {
+    attention_strips_expand(const float* diag, int64_t rows, const int32_t* index, float* strips, int64_t length) {
   const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, head = blockIdx.y;
   if (u >= length) return;
   const int64_t row = index ? index[u] : u;
@@ -62,12 +62,12 @@ inline int expand_strips(const AttentionProblem& p, const AttentionWorkspace& w,
   if (!p.diag || w.strip_length == 0) return cudaSuccess;
   if (p.diag_heads > 65535) return cudaErrorInvalidValue;
   const dim3 grid(unsigned(ceil_div(w.strip_length, 256)), unsigned(p.diag_heads));
-  return ptx::launch(expand_strips_kernel, grid, dim3(256), 0, stream, static_cast<const float*>(p.diag), p.diag_rows,
+  return ptx::launch(attention_strips_expand, grid, dim3(256), 0, stream, static_cast<const float*>(p.diag), p.diag_rows,
                      p.diag_index, w.strips, w.strip_length);
 }
 
 // sums[h, u] = the sum of slots[b, i, s, u] over b, s and the heads i that share strip h, in this order.
-__global__ void __launch_bounds__(256) sum_slots_kernel(const float* slots, int64_t batch, int64_t heads,
+__global__ void __launch_bounds__(256) attention_strips_sum(const float* slots, int64_t batch, int64_t heads,
                                                         int64_t slot_count, int64_t length, float* sums) {
   const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, strip = blockIdx.y, sharing = heads / gridDim.y;
   if (u >= length) return;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(256) sum_slots_kernel(const float* slots, int6
 
 // gradient[h, r] = the sum of strip_gradients[h, u] over the distances u of row r: one block each, in a fixed order.
 __global__ void __launch_bounds__(256)
-    sum_distances_kernel(const float* strip_gradients, const int32_t* index, int64_t length, float* gradient) {
+    attention_strips_by_row(const float* strip_gradients, const int32_t* index, int64_t length, float* gradient) {
   PYEXT_SHARED(float, parts);
   const float* strip = strip_gradients + blockIdx.y * length;
   float sum = 0;
@@ -96,10 +96,10 @@ inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cu
   if (w.strip_length == 0 || p.diag_rows == 0) return cudaSuccess;
   if (p.diag_heads > 65535 || p.diag_rows > INT32_MAX) return cudaErrorInvalidValue;
   const dim3 grid(unsigned(ceil_div(w.strip_length, 256)), unsigned(p.diag_heads));
-  const int error = ptx::launch(sum_slots_kernel, grid, dim3(256), 0, stream, w.slots, p.batch, p.heads, w.slot_count,
+  const int error = ptx::launch(attention_strips_sum, grid, dim3(256), 0, stream, w.slots, p.batch, p.heads, w.slot_count,
                                 w.strip_length, p.diag_index ? w.strip_gradients : gradient);
   if (error || !p.diag_index) return error;
-  return ptx::launch(sum_distances_kernel, dim3(unsigned(p.diag_rows), unsigned(p.diag_heads)), dim3(256),
+  return ptx::launch(attention_strips_by_row, dim3(unsigned(p.diag_rows), unsigned(p.diag_heads)), dim3(256),
                      32 * sizeof(float), stream, w.strip_gradients, p.diag_index, w.strip_length, gradient);
 }
 

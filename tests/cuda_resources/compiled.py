@@ -27,6 +27,9 @@ JOBS = 2
 INSTRUCTIONS = {
     "LDG.128": r"\bLDG\.E(\.\w+)*\.128\b",
     "STG.128": r"\bSTG\.E(\.\w+)*\.128\b",
+    "LDGSTS.128": r"\bLDGSTS\.E(\.\w+)*\.128\b",
+    "LDSM": r"\bLDSM\b",
+    "HMMA": r"\bHMMA\.16816\b",
 }
 
 

@@ -6,7 +6,7 @@ import torch
 
 from pyext._primitives import AttentionProblem as Call
 
-from .problems import DTYPES, AttentionProblem, Strided, view
+from .problems import DTYPES, AttentionProblem, view
 
 Tensor = torch.Tensor
 
@@ -44,9 +44,7 @@ def _problem(call: Call) -> tuple[AttentionProblem, dict[str, Tensor | None]]:
 
 
 def _run(launch, p: AttentionProblem, results: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> None:
-    size = launch.workspace(p)
-    workspace = torch.empty(size, dtype=torch.uint8)
-    p.workspace = workspace.data_ptr()
+    workspace = launch.workspace(p, f"{launch.launcher}_workspace")
     launch(p, dict(results, workspace=workspace), **inputs)
 
 

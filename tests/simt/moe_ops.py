@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from pyext._primitives import POLICIES
@@ -22,7 +20,7 @@ def _rows(tensor: Tensor) -> Strided:
     return view(tensor[None, None])
 
 
-def _pointers(problem: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
+def _pointers(problem: RouteProblem | DispatchProblem | CombineProblem, tensors: dict[str, Tensor | None]) -> None:
     """Points the fields of these names at the tensors."""
     for name, tensor in tensors.items():
         setattr(problem, name, None if tensor is None else tensor.data_ptr())
@@ -37,14 +35,6 @@ def _route_problem(logits: Tensor, token_mask: Tensor | None, columns: int, poli
     p.logits, p.capacity, p.expert_groups, p.top_groups = view(logits[None]), -1, 1, 1
     p.token_mask = None if token_mask is None else token_mask.data_ptr()
     return p
-
-
-def _workspace(launch, problem: RouteProblem) -> Tensor:
-    bytes_of = launch.function("pyext_cuda_moe_route_workspace")
-    bytes_of.restype = ctypes.c_int64
-    workspace = torch.empty(bytes_of(ctypes.byref(problem)), dtype=torch.uint8)
-    problem.workspace = workspace.data_ptr()
-    return workspace
 
 
 def route_forward(
@@ -73,7 +63,7 @@ def route_forward(
         load=_int32(p.groups, p.experts),
     )
     _pointers(p, {**given, **results})
-    launch(p, dict(results, workspace=_workspace(launch, p)), logits=logits, **given)
+    launch(p, dict(results, workspace=launch.workspace(p, "pyext_cuda_moe_route_workspace")), logits=logits, **given)
     return tuple(results.values())
 
 
@@ -88,7 +78,12 @@ def route_backward(
     p = _route_problem(logits, given["token_mask"], choice.shape[1], policy, renormalize)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
     _pointers(p, dict(given, grad_logits=grad_logits))
-    launch(p, dict(grad_logits=grad_logits, workspace=_workspace(launch, p)), logits=logits, **given)
+    launch(
+        p,
+        dict(grad_logits=grad_logits, workspace=launch.workspace(p, "pyext_cuda_moe_route_workspace")),
+        logits=logits,
+        **given,
+    )
     return grad_logits
 
 

@@ -17,13 +17,14 @@ import torch
 
 from pyext.ops import glu, rotary
 
-from . import moe_ops
+from . import attention_ops, moe_ops
 from .build import Kernel
 from .problems import DTYPES, GluProblem, RotaryProblem, Strided, view
 from .runtime import Machine, machine
 
 Tensor = torch.Tensor
-SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in ("rotary", "glu", "moe_route", "moe_dispatch")}
+STEMS = ("rotary", "glu", "moe_route", "moe_dispatch", "attention_sm80", "attention_sm80_backward")
+SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in STEMS}
 
 
 @contextlib.contextmanager
@@ -55,6 +56,14 @@ class Launch:
 
     def function(self, name: str):
         return getattr(self.gpu.load(self.kernel), name)
+
+    def workspace(self, problem, name: str) -> Tensor:
+        """Scratch memory for the problem, of the size that this function of the library says."""
+        bytes_of = self.function(name)
+        bytes_of.restype = ctypes.c_int64
+        memory = torch.empty(bytes_of(ctypes.byref(problem)), dtype=torch.uint8)
+        problem.workspace = memory.data_ptr()
+        return memory
 
 
 def _operator(first: str, function: Callable, launcher: str, kernel: Kernel, run: dict) -> Callable:
@@ -182,4 +191,6 @@ OPERATORS = {
     "moe_dispatch_forward": ("moe_dispatch", "x", moe_ops.dispatch_forward),
     "moe_combine_forward": ("moe_dispatch", "ys", moe_ops.combine_forward),
     "moe_combine_backward": ("moe_dispatch", "ys", moe_ops.combine_backward),
+    "attention_forward": ("attention_sm80", "query", attention_ops.forward),
+    "attention_backward": ("attention_sm80_backward", "query", attention_ops.backward),
 }

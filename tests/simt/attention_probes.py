@@ -1,0 +1,28 @@
+"""Calls that look for defects of csrc/cuda/attention_sm80*.cu: small, and each past one more corner of a tile."""
+
+from __future__ import annotations
+
+import torch
+
+from support.backends import Backend
+from support.cases import Case, case
+from support.cases import check as check_case
+from support.parts import Shape, alibi, causal, diagonal, documents, padding, t5, window
+
+PROBES: dict[str, Case] = {
+    "plain": case(Shape(2, 2, 2, 70, 70, 64, 64)),
+    "causal": case(Shape(1, 4, 2, 150, 203, 64, 64), causal()),
+    "narrow": case(Shape(1, 2, 1, 65, 130, 40, 24), window(40, 3)),
+    "padding": case(Shape(2, 2, 2, 131, 200, 64, 48), padding(), layout="padded_rows"),
+    "documents": case(Shape(2, 2, 2, 140, 140, 64, 64), documents(batched=True), causal()),
+    "diagonal": case(Shape(2, 2, 2, 140, 77, 64, 64), diagonal()),
+    "buckets": case(Shape(1, 3, 3, 70, 300, 64, 64), t5(buckets=8, max_distance=60), causal()),
+    "slopes": case(Shape(2, 4, 2, 129, 129, 64, 64), alibi(), causal(), lse=False),
+    "one query": case(Shape(2, 2, 2, 1, 100, 64, 64), diagonal()),
+    "many queries": case(Shape(1, 2, 1, 300, 60, 64, 64), diagonal(), window(100, 20)),
+}
+
+
+def check(name: str, dtype: torch.dtype, seed: int) -> None:
+    """Result, LSE and every gradient against the oracle."""
+    check_case(PROBES[name], dtype, Backend("cpu"), seed)

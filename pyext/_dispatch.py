@@ -17,7 +17,9 @@ from . import _checks, _native, _triton_runtime
 def _cuda(op: str, problem: tuple) -> str | None:
     if "cuda" not in _kernels(op):
         return f"no CUDA kernel in this build for {op}"
-    return _native.cuda_reason(problem[0]) or _unsupported("CUDA", problem, _checks.GPU_FLOATING)
+    why = _native.cuda_reason(problem[0]) or _unsupported("CUDA", problem, _checks.GPU_FLOATING)
+    limits = _OPS[op].limits.get("cuda")
+    return why or (None if limits is None else limits(problem))
 
 
 def _cpu(op: str, problem: tuple) -> str | None:
@@ -33,8 +35,9 @@ def _cpu(op: str, problem: tuple) -> str | None:
 def _triton(op: str, problem: tuple) -> str | None:
     if "triton" not in _kernels(op):
         return f"no Triton kernel in this build for {op}"
-    why = _triton_runtime.reason(problem[0])
-    return why or _unsupported("Triton", problem, _checks.GPU_FLOATING)
+    why = _triton_runtime.reason(problem[0]) or _unsupported("Triton", problem, _checks.GPU_FLOATING)
+    limits = _OPS[op].limits.get("triton")
+    return why or (None if limits is None else limits(problem))
 
 
 def _reference(op: str, problem: tuple) -> str | None:
@@ -131,20 +134,28 @@ class _Op(NamedTuple):
     function: Callable
     prepare: Callable  # the op's arguments (all but impl) as keywords -> the flat problem
     kernels: tuple[str, ...]  # the backends that have kernels for it, besides the reference
+    limits: dict[str, Callable]  # why a backend refuses a problem, beyond what holds for all ops
 
 
 _OPS: dict[str, _Op] = {}
 
 
-def register(function: Callable, prepare: Callable, kernels: tuple[str, ...], name: str | None = None) -> None:
+def register(
+    function: Callable,
+    prepare: Callable,
+    kernels: tuple[str, ...],
+    name: str | None = None,
+    limits: dict[str, Callable[[tuple], str | None]] | None = None,
+) -> None:
     """Make a public op known.
 
     Args:
         prepare: validates and lowers a call without running it.
         kernels: names of backends.
         name: what follows `pyext.`, if it is more than the function's name.
+        limits: for backends that do not take every problem, why they refuse one, or None.
     """
-    _OPS[name or function.__name__] = _Op(function, prepare, kernels)
+    _OPS[name or function.__name__] = _Op(function, prepare, kernels, limits or {})
 
 
 def explain(op: Callable | str, *args, **kwargs) -> Explanation:

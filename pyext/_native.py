@@ -79,6 +79,12 @@ def capability_reason(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """How many bytes of shared memory a GPU lets a block have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def module():
     """The module `pyext._C`, which defines the operators, or None where it is missing."""
     return _module

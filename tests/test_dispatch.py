@@ -39,7 +39,7 @@ def test_order():
 def test_auto_is_the_first_that_accepts(cpu):
     table = pyext.explain(pyext.attention, *qkv())
     assert table.auto == "cpu" and table["cpu"] == table["reference"] == "accepts"
-    assert table["cuda"] == "no CUDA kernel in this build for attention"
+    assert table["cuda"] in ("no CUDA kernel in this build", "the tensors are on cpu")
     assert table["triton"] == "no Triton kernel in this build for attention"
 
 
@@ -67,7 +67,7 @@ def test_forced_backend_never_falls_back(op, impl):
     assert message.startswith(f"pyext.{op}: impl='{impl}' refuses this call\n")
     for name in BACKENDS:
         assert f"\n  {name}: " in message
-    assert f"no CUDA kernel in this build for {op}" in message
+    assert "\n  cuda: no CUDA kernel in this build\n" in message or "\n  cuda: the tensors are on cpu\n" in message
 
 
 @pytest.mark.parametrize("impl", ["CPU", "native", "", None])

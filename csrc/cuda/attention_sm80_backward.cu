@@ -36,12 +36,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   lse[at] = p.lse[at] == -double(INFINITY) ? 0.0f : float(p.lse[at] / kLn2);
 }
 
-__global__ void __launch_bounds__(kStepRows) attention_prepare_ranges(const __grid_constant__ AttentionProblem p, Range* ranges) {
+__global__ void __launch_bounds__(kStepRows)
+    attention_prepare_ranges(const __grid_constant__ AttentionProblem p, Range* ranges) {
   using Seen = Visible<kStepRows, kStepRows>;
   PYEXT_SHARED(Seen, seen);
-  const int64_t block = blockIdx.x, batch = blockIdx.y;
-  const Range range = find_visible(p, batch, block * kStepRows, *seen);
-  if (threadIdx.x == 0) ranges[batch * gridDim.x + block] = range;
+  const int64_t blocks = ceil_div(p.q_len, kStepRows);
+  const Range range = find_visible(p, blockIdx.x / blocks, blockIdx.x % blocks * kStepRows, *seen);
+  if (threadIdx.x == 0) ranges[blockIdx.x] = range;
 }
 
 // --- dK and dV ---
@@ -74,7 +75,7 @@ struct QueriesAhead {
 template <class T, int width, bool biased>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_keys(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
-                      const float* delta, const float* lse, const Range* ranges) {
+                            const float* delta, const float* lse, const Range* ranges) {
   using Ahead = QueriesAhead<biased>;
   PYEXT_SHARED(T, shared);
   const SharedTile<T, width> keys{shared}, values{keys.at(kBlockRows, 0)};
@@ -237,7 +238,7 @@ constexpr int query_shared_bytes(bool diagonals) {
 template <class T, int width, bool biased, bool diagonals>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_backward_queries(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
-                         const float* delta, const float* lse, float* slots) {
+                               const float* delta, const float* lse, float* slots) {
   using Tile = QueryTile;
   PYEXT_SHARED(T, shared);
   const SharedTile<T, width> queries{shared}, grads{queries.at(kBlockRows, 0)};
@@ -331,13 +332,14 @@ template <class T>
 int prepare(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   if (const int error = expand_strips(p, w, stream)) return error;
   const int64_t blocks = ceil_div(p.batch * p.heads * p.q_len, kWarps);
-  if (blocks > INT32_MAX || p.batch > 65535) return cudaErrorInvalidValue;
+  const int64_t ranges = ceil_div(p.q_len, kStepRows) * p.batch;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX || ranges > INT32_MAX) return cudaErrorInvalidValue;
   const int error =
       ptx::launch(attention_prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
   if (error) return error;
-  const dim3 grid(unsigned(ceil_div(p.q_len, kStepRows)), unsigned(p.batch));
-  return ptx::launch(attention_prepare_ranges, grid, dim3(kStepRows), sizeof(Visible<kStepRows, kStepRows>), stream, p,
-                     reinterpret_cast<Range*>(w.ranges));
+  return ptx::launch(attention_prepare_ranges, dim3(unsigned(ranges)), dim3(kStepRows),
+                     sizeof(Visible<kStepRows, kStepRows>), stream, p, reinterpret_cast<Range*>(w.ranges));
 }
 
 template <class T, int width, bool biased>

@@ -50,57 +50,64 @@ struct AttentionWorkspace {
 };
 
 // strips[h, u] = diag[h, index[u]] log2(e). A row outside of the table, which nobody can report here, becomes NaN.
-__global__ void __launch_bounds__(256)
-    attention_strips_expand(const float* diag, int64_t rows, const int32_t* index, float* strips, int64_t length) {
-  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, head = blockIdx.y;
-  if (u >= length) return;
+__global__ void __launch_bounds__(256) attention_strips_expand(const float* diag, int64_t rows, const int32_t* index,
+                                                               float* strips, int64_t length, int64_t heads) {
+  const int64_t at = blockIdx.x * int64_t(256) + threadIdx.x, head = at / length, u = at % length;
+  if (head >= heads) return;
   const int64_t row = index ? index[u] : u;
-  strips[head * length + u] = 0 <= row && row < rows ? diag[head * rows + row] * kLog2e : NAN;
+  strips[at] = 0 <= row && row < rows ? diag[head * rows + row] * kLog2e : NAN;
 }
 
 inline int expand_strips(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
-  if (!p.diag || w.strip_length == 0) return cudaSuccess;
-  if (p.diag_heads > 65535) return cudaErrorInvalidValue;
-  const dim3 grid(unsigned(ceil_div(w.strip_length, 256)), unsigned(p.diag_heads));
-  return ptx::launch(attention_strips_expand, grid, dim3(256), 0, stream, static_cast<const float*>(p.diag), p.diag_rows,
-                     p.diag_index, w.strips, w.strip_length);
+  const int64_t blocks = ceil_div(p.diag_heads * w.strip_length, 256);
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return ptx::launch(attention_strips_expand, dim3(unsigned(blocks)), dim3(256), 0, stream,
+                     static_cast<const float*>(p.diag), p.diag_rows, p.diag_index, w.strips, w.strip_length,
+                     p.diag_heads);
 }
 
 // sums[h, u] = the sum of slots[b, i, s, u] over b, s and the heads i that share strip h, in this order.
-__global__ void __launch_bounds__(256) attention_strips_sum(const float* slots, int64_t batch, int64_t heads,
-                                                        int64_t slot_count, int64_t length, float* sums) {
-  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, strip = blockIdx.y, sharing = heads / gridDim.y;
-  if (u >= length) return;
+__global__ void __launch_bounds__(256)
+    attention_strips_sum(const float* slots, int64_t batch, int64_t heads, int64_t slot_count, int64_t length,
+                         int64_t strips, float* sums) {
+  const int64_t at = blockIdx.x * int64_t(256) + threadIdx.x, strip = at / length, u = at % length;
+  const int64_t sharing = heads / strips;
+  if (strip >= strips) return;
   float sum = 0;
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = strip * sharing; i < (strip + 1) * sharing; ++i)
       for (int64_t s = 0; s < slot_count; ++s) sum += slots[((b * heads + i) * slot_count + s) * length + u];
-  sums[strip * length + u] = sum;
+  sums[at] = sum;
 }
 
 // gradient[h, r] = the sum of strip_gradients[h, u] over the distances u of row r: one block each, in a fixed order.
-__global__ void __launch_bounds__(256)
-    attention_strips_by_row(const float* strip_gradients, const int32_t* index, int64_t length, float* gradient) {
+__global__ void __launch_bounds__(256) attention_strips_by_row(const float* strip_gradients, const int32_t* index,
+                                                               int64_t length, int64_t rows, float* gradient) {
   PYEXT_SHARED(float, parts);
-  const float* strip = strip_gradients + blockIdx.y * length;
+  const int64_t row = blockIdx.x % rows;
+  const float* strip = strip_gradients + blockIdx.x / rows * length;
   float sum = 0;
   for (int64_t u = threadIdx.x; u < length; u += 256)
-    if (index[u] == int64_t(blockIdx.x)) sum += strip[u];
+    if (index[u] == row) sum += strip[u];
   sum = block_sum(sum, parts);
-  if (threadIdx.x == 0) gradient[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = sum;
+  if (threadIdx.x == 0) gradient[blockIdx.x] = sum;
 }
 
 // Slots -> grad_diag.
 inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   float* const gradient = static_cast<float*>(p.grad_diag);
-  if (w.strip_length == 0 || p.diag_rows == 0) return cudaSuccess;
-  if (p.diag_heads > 65535 || p.diag_rows > INT32_MAX) return cudaErrorInvalidValue;
-  const dim3 grid(unsigned(ceil_div(w.strip_length, 256)), unsigned(p.diag_heads));
-  const int error = ptx::launch(attention_strips_sum, grid, dim3(256), 0, stream, w.slots, p.batch, p.heads, w.slot_count,
-                                w.strip_length, p.diag_index ? w.strip_gradients : gradient);
-  if (error || !p.diag_index) return error;
-  return ptx::launch(attention_strips_by_row, dim3(unsigned(p.diag_rows), unsigned(p.diag_heads)), dim3(256),
-                     32 * sizeof(float), stream, w.strip_gradients, p.diag_index, w.strip_length, gradient);
+  const int64_t blocks = ceil_div(p.diag_heads * w.strip_length, 256), rows = p.diag_heads * p.diag_rows;
+  if (blocks > INT32_MAX || rows > INT32_MAX) return cudaErrorInvalidValue;
+  if (blocks > 0) {
+    const int error =
+        ptx::launch(attention_strips_sum, dim3(unsigned(blocks)), dim3(256), 0, stream, w.slots, p.batch, p.heads,
+                    w.slot_count, w.strip_length, p.diag_heads, p.diag_index ? w.strip_gradients : gradient);
+    if (error) return error;
+  }
+  if (!p.diag_index || rows == 0) return cudaSuccess;
+  return ptx::launch(attention_strips_by_row, dim3(unsigned(rows)), dim3(256), 32 * sizeof(float), stream,
+                     w.strip_gradients, p.diag_index, w.strip_length, p.diag_rows, gradient);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
 from ..masks import Mask
 from ..masks._parts import Order, Pass
+from ..masks._tables import BlockTable
 from . import _autograd, _register
 
 #: Below so many queries gathering the keys costs more than the tiles it saves. The kernels for very few queries take
@@ -31,6 +32,11 @@ class Reordered(NamedTuple):
     passes: tuple[Pass, ...]
     mask: Mask
     sizes: Sizes
+
+    def tables(self) -> list[BlockTable]:
+        """The tables of blocks in the passes."""
+        found = (limits.table for step in self.passes for limits in step.limits)
+        return [table for table in found if table is not None]
 
     def masked(self, problem: AttentionProblem) -> AttentionProblem:
         """The problem, made without this mask, with it."""

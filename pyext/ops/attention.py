@@ -18,7 +18,7 @@ from .. import bias as _bias
 from .. import masks as _masks
 from .._primitives import UNBOUNDED, AttentionProblem, Sizes, acc_dtype
 from ..reference.attention import attention as _reference
-from . import _autograd, _passes, _register
+from . import _autograd, _cuda_attention, _passes, _register
 from . import rotary as _rotary
 from ._shapes import four_dims, restore
 
@@ -149,11 +149,18 @@ class _Call(NamedTuple):
     rotation: _rotary.Rotation | None = None  # of query and key
     reordered: _passes.Reordered | None = None  # the mask, which the problem then lacks, as several runs of the op
 
+    @property
+    def asked(self) -> AttentionProblem:
+        """What backends are asked for: the problem, with the table of blocks that one of the runs has."""
+        tables = [] if self.reordered is None else self.reordered.tables()
+        return self.problem if not tables else self.problem._replace(**tables[0]._asdict())
+
 
 def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
     """Choose the backend and call it: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq), which kernels give in fp64."""
     problem, rotation = call.problem, call.rotation
-    backend = _dispatch.choose(op, impl, problem if rotation is None else (*problem, *rotation.query, *rotation.key))
+    asked = call.asked
+    backend = _dispatch.choose(op, impl, asked if rotation is None else (*asked, *rotation.query, *rotation.key))
     # The CPU kernels rotate what they read themselves, unless the keys are to be gathered in another order.
     if rotation is not None and (backend != "cpu" or call.reordered is not None):
         problem, rotation = rotation.apply(problem, backend), None
@@ -164,6 +171,8 @@ def _run(op: str, impl: str, call: _Call, generator) -> tuple[Tensor, Tensor]:
     if problem.dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), device=problem.query.device, generator=generator)
         problem = problem._replace(seed=seed)
+    if backend == "cuda" and problem.cu_seqlens_q is not None:
+        problem = _cuda_attention.unpacked(problem)
     return attend(problem, backend, rotation)
 
 
@@ -384,12 +393,14 @@ def _offsets(name: str, value, packed: Tensor) -> Tensor:
 
 def _explain(prepare, return_lse, generator, deterministic, **call):
     """What `_dispatch.explain` asks of an op: all of a call but running it."""
-    problem = prepare(**call).problem
+    problem = prepare(**call).asked
     _check_options(return_lse, generator, deterministic, problem)
     return problem
 
 
-_dispatch.register(attention, functools.partial(_explain, _prepare), ("cpu",))
-_dispatch.register(varlen_attention, functools.partial(_explain, _prepare_varlen), ("cpu",))
+for _function, _lowering in ((attention, _prepare), (varlen_attention, _prepare_varlen)):
+    _dispatch.register(
+        _function, functools.partial(_explain, _lowering), ("cpu", "cuda"), limits={"cuda": _cuda_attention.limits}
+    )
 if _native.module() is not None:
     _autograd.register()

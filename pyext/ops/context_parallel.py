@@ -100,7 +100,9 @@ def context_parallel_attention(
             mask = None
     fields = {"query": query, "key": key, "value": value, "scale": scale, "softcap": softcap, **fields}
     problem = AttentionProblem(**fields)
-    backend = _dispatch.choose("attention", impl, problem)
+    # Of a mask that is no range the parts have tables of blocks.
+    asked = problem if mask is None else problem._replace(block_offsets=query.new_empty(0, dtype=torch.int32))
+    backend = _dispatch.choose("attention", impl, asked)
     bare = problem._replace(**dict.fromkeys((*_LEAVES, "key", "value")))  # what autograd saves is not kept twice
     ring = _Ring(group, rank, queries, keys, sizes, None, backend, bare)
     if mask is not None:

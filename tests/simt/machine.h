@@ -137,7 +137,7 @@ struct Machine {
   const char* parameters;
   size_t parameter_bytes;
   char* shared;
-  size_t shared_bytes;
+  size_t shared_bytes, most_shared_bytes = 0;
 
   std::vector<Thread> threads;
   std::vector<Thread*> ready;

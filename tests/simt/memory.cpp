@@ -313,6 +313,7 @@ void simt_configure(int schedule, int completion, unsigned preempt, unsigned see
   options.seed = seed;
   options.hooks = hooks != 0;
   simt::machine.error.clear();
+  simt::machine.most_shared_bytes = 0;
 }
 
 // A buffer that kernels may touch. Not writable: initialised, and any write is an error.
@@ -324,6 +325,9 @@ void simt_register(const void* address, size_t bytes, const char* name, int writ
   for (auto& byte : shadow) byte.initialised = initialised != 0;
 }
 void simt_forget_buffers() { simt::buffers.clear(); }
+
+// The most shared memory that a launch since simt_configure has asked for.
+size_t simt_shared_bytes() { return simt::machine.most_shared_bytes; }
 
 // Why the last launch failed; empty if it passed.
 const char* simt_error() { return simt::machine.error.c_str(); }

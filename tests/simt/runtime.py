@@ -37,7 +37,13 @@ def _simt() -> ctypes.CDLL:
     build([])
     library = ctypes.CDLL(str(OUT / "libsimt.so"))
     library.simt_error.restype = ctypes.c_char_p
+    library.simt_shared_bytes.restype = ctypes.c_size_t
     return library
+
+
+def shared_bytes() -> int:
+    """The most shared memory that a block of any launch took since a machine was made last."""
+    return _simt().simt_shared_bytes()
 
 
 class Machine:

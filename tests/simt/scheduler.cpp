@@ -236,6 +236,7 @@ bool run(dim3 grid, dim3 block, size_t shared_bytes, const char* name, bool inst
   machine.parameters = static_cast<const char*>(parameters);
   machine.parameter_bytes = parameter_bytes;
   machine.shared_bytes = shared_bytes;
+  machine.most_shared_bytes = std::max(machine.most_shared_bytes, shared_bytes);
   machine.random.seed(machine.options.seed);
   start_memory_of_launch();
   for (const uint32_t number : order_of_blocks()) {

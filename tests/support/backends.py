@@ -140,11 +140,12 @@ CUDA = _wanted(_cuda())
 
 
 def of(op: str) -> list[Backend]:
-    """The implementations of an op."""
+    """The implementations of an op, but CUDA's where it takes some calls only: it then has tests of its own."""
     from pyext import _dispatch
 
-    kernels = _dispatch._OPS[op].kernels
-    return ALL + (TRITON if "triton" in kernels else []) + (CUDA if "cuda" in kernels else [])
+    kernels, limits = _dispatch._OPS[op].kernels, _dispatch._OPS[op].limits
+    cuda = CUDA if "cuda" in kernels and "cuda" not in limits else []
+    return ALL + (TRITON if "triton" in kernels else []) + cuda
 
 
 def as_parameters(backends: list[Backend]) -> list:

@@ -36,20 +36,48 @@ _TILES = (
     ("kBinsAtOnce = 2048", "kBinsAtOnce = 4"),
     ("kParts = 16", "kParts = 2"),
 )
-SMALL = {"rotary": _ROUNDS, "glu": _ROUNDS, "moe_route": (*_ROUNDS, *_TILES), "moe_dispatch": _ROUNDS}
+SMALL = {
+    "rotary": _ROUNDS,
+    "glu": _ROUNDS,
+    "moe_route": (*_ROUNDS, *_TILES),
+    "moe_dispatch": _ROUNDS,
+    "attention_sm80": (("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"),),
+    "attention_sm80_backward": (
+        ("kThreads = 256,", "kThreads = 64,"),
+        ("kStepRows = 64,", "kStepRows = 32,"),
+        ("kStrips = 512", "kStrips = 8"),
+    ),
+}
 #: Routing with rows of logits that do not fit into shared memory.
 WIDE = (*SMALL["moe_route"], ("kSharedBytes = 96 << 10", "kSharedBytes = 0"), ("kWideBlocks = 256", "kWideBlocks = 2"))
 
 
+_REFUSED = "return cudaErrorInvalidValue;"
+_OTHER_DTYPES = tuple((f"return of_type({other}());", _REFUSED) for other in ("float", "bf16"))
+_OTHER_ACTIVATIONS = tuple(
+    (f"return f(std::integral_constant<Activation, Activation::{other}>());", "break;")
+    for other in ("geglu_tanh", "reglu")
+)
+_OTHER_WIDTHS = "if (width <= {0}) return {1}<T, {2}>(p, w, stream);".format
+#: What a copy of a source goes without.
+_CUTS = {
+    "glu": (*_OTHER_DTYPES, *_OTHER_ACTIVATIONS),
+    "attention_sm80": (
+        ("return with_width<bf16>(p, w, s);", _REFUSED),
+        *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, 64>"), "") for n in (96, 128)),
+        (_OTHER_WIDTHS(256, "with_bias", "ForwardTile<256, 1, 8, 32>"), ""),
+    ),
+    "attention_sm80_backward": (
+        ("return with_width<bf16>(p, w, s);", _REFUSED),
+        *((_OTHER_WIDTHS(n, "launch_backward", n), "") for n in (96, 128)),
+    ),
+}
+
+
 def source(stem: str, *changes: tuple[str, str]) -> Kernel:
-    """csrc/cuda/<stem>.cu with its headers in it, in fp16 for two activations, with each text replaced by another."""
+    """csrc/cuda/<stem>.cu with its headers in it, cut down, with each text replaced by another."""
     text = _with_headers(f"{stem}.cu", {"ptx.h"})
-    for other in ("float", "bf16"):
-        text = _replaced(text, f"return of_type({other}());", "return cudaErrorInvalidValue;")
-    if stem == "glu":
-        for other in ("geglu_tanh", "reglu"):
-            text = _replaced(text, f"return f(std::integral_constant<Activation, Activation::{other}>());", "break;")
-    for old, new in changes:
+    for old, new in (*_CUTS.get(stem, _OTHER_DTYPES), *changes):
         text = _replaced(text, old, new)
     path = OUT / "sources" / f"{stem}_{zlib.crc32(repr(changes).encode()):08x}.cu"
     path.parent.mkdir(parents=True, exist_ok=True)

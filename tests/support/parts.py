@@ -48,21 +48,23 @@ class Term:
 
 @dataclass
 class Context:
+    """What parts draw from: numbers of the generator, on the default device."""
+
     shape: Shape
     dtype: torch.dtype
     generator: torch.Generator
     scale: float  # attention's
 
     def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(*size, generator=self.generator, dtype=torch.float64)
-        return values.to(self.dtype if dtype is None else dtype)
+        values = torch.randn(*size, generator=self.generator, dtype=torch.float64, device="cpu")
+        return values.to(torch.get_default_device(), self.dtype if dtype is None else dtype)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
         """Uniform in low..high, both included."""
-        return torch.randint(low, high + 1, size, generator=self.generator)
+        return torch.randint(low, high + 1, size, generator=self.generator, device="cpu").to(torch.get_default_device())
 
     def bernoulli(self, p: float, *size: int) -> Tensor:
-        return torch.rand(*size, generator=self.generator) < p
+        return (torch.rand(*size, generator=self.generator, device="cpu") < p).to(torch.get_default_device())
 
 
 Part = Callable[[Context], Term]
@@ -235,7 +237,7 @@ def image(c: Context, kind: str, text: int, side: int, kernel: int = 3) -> Term:
 def permutation(c: Context, batched=False, exclude_self=False) -> Term:
     """Needs Lq <= Lk."""
     s = c.shape
-    order = torch.rand(s.b if batched else 1, s.lk, generator=c.generator).argsort(-1)
+    order = c.normal(s.b if batched else 1, s.lk, dtype=torch.float64).argsort(-1)
     rank = torch.zeros_like(order).scatter_(-1, order, torch.arange(s.lk).expand_as(order))
     own, every = rank[:, s.lk - s.lq :, None], rank[:, None, :]
     allowed = (every < own if exclude_self else every <= own).unsqueeze(1)

@@ -1,0 +1,100 @@
+"""Which calls the CUDA kernels of attention take (csrc/cuda/attention_*.cu), and packed calls as one of theirs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._primitives import UNBOUNDED, AttentionProblem
+from . import _register
+
+
+class Tiles(NamedTuple):
+    """Bytes of shared memory that a block takes of the kernels for rows of up to so many features."""
+
+    forward: int
+    backward: int | None  # None: there is no such kernel
+    strip_gradient: int | None  # the backward that also adds up the gradient of a diagonal bias
+
+
+#: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all.
+TILES = {
+    64: Tiles(57_920, 77_312, 99_456),
+    96: Tiles(82_496, 110_080, 132_224),
+    128: Tiles(107_072, 142_848, 164_992),
+    256: Tiles(137_600, None, None),
+}
+#: Fields of the problem that the kernels do not know, as a refusal calls them.
+_UNKNOWN = {
+    "dense": "a dense bias",
+    "rel_index": "a bias of relative rows",
+    "segment": "a segment bias",
+    "mask": "a dense mask",
+    "block_offsets": "a mask of several ranges of keys per query",
+    "sinks": "sinks",
+    "softcap": "a softcap",
+    "dropout_p": "dropout",
+}
+
+
+def limits(problem: tuple) -> str | None:
+    """Why the kernels do not take this problem, or None."""
+    p = AttentionProblem(*problem[: len(AttentionProblem._fields)])
+    if p.query.dtype == torch.float32:
+        return "dtype torch.float32 is not supported: its kernels multiply bfloat16 and float16"
+    for name, what in _UNKNOWN.items():
+        if isinstance(getattr(p, name), Tensor) or name in ("softcap", "dropout_p") and getattr(p, name):
+            return f"its kernels do not know {what}"
+    if p.cu_seqlens_q is not None and p.diag is not None:
+        return "its kernels do not know a bias over packed sequences"
+    return _limit_of_sizes(p, _register.is_recorded(problem))
+
+
+def _limit_of_sizes(p: AttentionProblem, gradient: bool) -> str | None:
+    """What the sizes of a problem have against it."""
+    (batch, heads, queries, head_dim), (keys, value_dim) = p.query.shape, p.value.shape[2:]
+    for name, width in (("head dimension", head_dim), ("head dimension of value", value_dim)):
+        if width % 8 or width == 0:
+            return f"the {name} is {width}, no positive multiple of 8"
+    width, most = max(head_dim, value_dim), 128 if gradient else 256
+    if width > most:
+        return f"the head dimension is {width}, more than {most}{' with a gradient' if gradient else ''}"
+    if batch * heads * max(queries, keys) >= 2**31:
+        return "there are 2^31 rows or more"
+    return None if not p.query.is_cuda else _limit_of_memory(p, width, gradient)
+
+
+def _limit_of_memory(p: AttentionProblem, width: int, gradient: bool) -> str | None:
+    """What a GPU with less shared memory than an A100 has against a problem."""
+    tiles = next(tiles for features, tiles in TILES.items() if width <= features)
+    need = tiles.forward
+    if gradient:
+        need = tiles.backward if p.diag is None or not p.diag.requires_grad else tiles.strip_gradient
+    has = _native.shared_memory(p.query.device)
+    return None if need <= has else f"a block of the GPU has {has} bytes of shared memory, and its kernels need {need}"
+
+
+def unpacked(problem: AttentionProblem) -> AttentionProblem:
+    """A problem of packed sequences as one of ranges of keys: each query's are those that its window allows of its
+    sequence, and its interval, if it has one. Without a bias nothing else depends on positions."""
+    starts_q, starts_k = problem.cu_seqlens_q, problem.cu_seqlens_k
+    problem = problem._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    if starts_q.shape[0] == 1:  # no sequences, so no rows
+        return problem
+    row = torch.arange(problem.query.shape[2], device=starts_q.device)
+    ends = starts_q[1:].contiguous()
+    n = torch.searchsorted(ends, row, right=True).clamp(max=ends.shape[0] - 1)
+    first, past = starts_k[n], starts_k[n + 1]
+    aligned = row - ends[n] + past  # the key at distance 0
+    low, high = first, past
+    if problem.left < UNBOUNDED:
+        low = torch.maximum(low, aligned - problem.left)
+    if problem.right < UNBOUNDED:
+        high = torch.minimum(high, aligned + problem.right + 1)
+    if problem.intervals is not None:
+        low = torch.maximum(low, first + problem.intervals[0, :, 0])
+        high = torch.minimum(high, first + problem.intervals[0, :, 1])
+    total = problem.key.shape[2]
+    intervals = torch.stack((low.clamp(0, total), high.clamp(0, total)), dim=-1).to(torch.int32)[None]
+    return problem._replace(intervals=intervals, left=UNBOUNDED, right=UNBOUNDED)

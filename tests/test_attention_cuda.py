@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from simt import attention_probes
+from simt import attention_mutants, attention_probes
 from simt.build import build
 from simt.mutants import SMALL, source
 from simt.ops import SOURCES, instead_of_cpu
@@ -46,7 +46,8 @@ def cuda(request):
 @pytest.fixture(scope="module", autouse=True)
 def built():
     if not backends.HAS_GPU:
-        build([*(SOURCES[stem] for stem in STEMS), *(source(stem, *SMALL[stem]) for stem in STEMS)])
+        small = [source(stem, *SMALL[stem]) for stem in STEMS]
+        build([*(SOURCES[stem] for stem in STEMS), *small, *(m.kernel for m in attention_mutants.MUTANTS)])
 
 
 # --- Right ---
@@ -236,6 +237,12 @@ def test_same_bits_in_every_schedule(name, small, seed):
             got = run(drawn, "cpu")
         first = got if first is None else first
         assert all(torch.equal(got[key], first[key]) for key in first)
+
+
+@emulated
+@pytest.mark.parametrize("mutant", attention_mutants.MUTANTS, ids=str)
+def test_defect_is_caught(mutant, seed):
+    assert all(outcome != "missed" for outcome in mutant.outcomes(seed % 2**31, attention_mutants.RUNS))
 
 
 @emulated

@@ -21,7 +21,7 @@ OUT = ROOT / "build" / "simt"
 RUNTIME = ("scheduler", "memory", "asynchronous", "matrix")
 
 NINJA = f"""\
-common = -std=c++17 -g -fPIC -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE
+common = -std=c++17 -g1 -fPIC -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -fno-gnu-unique -U_FORTIFY_SOURCE
 includes = -I{HERE} -I{ROOT}/csrc/cuda -I{ROOT}/csrc
 rule runtime
   command = g++ $common -O2 $includes -MD -MF $out.d -c $in -o $out

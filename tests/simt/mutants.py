@@ -20,7 +20,7 @@ from support.backends import Backend
 from support.rotary import Case
 from support.tolerance import assert_close_to_reference, decisive
 
-from . import moe_probes
+from . import attention_probes, moe_probes
 from .build import OUT, ROOT, Kernel
 from .ops import instead_of_cpu
 from .runtime import SCHEDULES, Found
@@ -168,10 +168,12 @@ def check_glu(op, probe: str, dtype: torch.dtype, seed: int) -> None:
 
 
 def check(stem: str, dtype: torch.dtype, seed: int, probe: str = "") -> None:
-    """Every call of an op above; or, of routing, dispatch and combine, of moe_probes, or one of them."""
+    """Every call of an op above, or of its probes (of routing, dispatch, combine and attention), or one of them."""
     for stems, probes, look in (
         ("moe_route", moe_probes.ROUTES, moe_probes.check_route),
         ("moe_dispatch", moe_probes.ROWS, moe_probes.check_rows),
+        ("attention_sm80", attention_probes.PROBES, attention_probes.check),
+        ("attention_sm80_backward", attention_probes.PROBES, attention_probes.check),
     ):
         if stem == stems:
             for name in [probe] if probe else probes:
@@ -204,9 +206,9 @@ class Mutant:
     def kernel(self) -> Kernel:
         return source(self.stem, (self.old, self.new), *SMALL[self.stem])
 
-    def outcomes(self, seed: int = 1) -> Iterator[str]:
+    def outcomes(self, seed: int = 1, runs: list[dict] = RUNS) -> Iterator[str]:
         """One word per run: "missed", "values" (a wrong result), or what the emulator said."""
-        for i, run in enumerate(RUNS):
+        for i, run in enumerate(runs):
             try:
                 with instead_of_cpu({self.stem: self.kernel}, seed=seed + i, **run):
                     check(self.stem, DTYPE, seed, self.probe)

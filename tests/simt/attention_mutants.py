@@ -1,0 +1,122 @@
+"""Seeded defects of csrc/cuda/attention_sm80*.cu and the headers they share, and the runs that look for them."""
+
+from __future__ import annotations
+
+import functools
+
+from .mutants import Mutant
+from .runtime import COMPLETIONS, SCHEDULES
+
+#: Of each defect, with the small tiles of mutants.SMALL.
+RUNS = [
+    dict(schedule=schedule, completion=completion, preempt=preempt)
+    for schedule, completion, preempt in zip(SCHEDULES, COMPLETIONS, (0, 20, 0))
+]
+_Forward = functools.partial(Mutant, "attention_sm80")
+_Backward = functools.partial(Mutant, "attention_sm80_backward")
+
+MUTANTS = [
+    _Forward(
+        "keys are not waited for",
+        "ptx::cp_async_wait<1>();\n    __syncthreads();  // the tile's keys",
+        "ptx::cp_async_wait<2>();\n    __syncthreads();  // the tile's keys",
+        "causal",
+    ),
+    _Forward(
+        "no barrier before the keys are read", "__syncthreads();  // the tile's keys", "// the tile's keys", "causal"
+    ),
+    _Forward(
+        "no barrier before keys are overwritten",
+        "__syncthreads();  // the tile's values",
+        "// the tile's values",
+        "plain",
+    ),
+    _Forward(
+        "copies under way where nobody sees anything",
+        "ptx::cp_async_wait<0>();\n\n  softmax.finish();",
+        "softmax.finish();",
+        "many queries",
+    ),
+    _Forward("a strip is overwritten while it is read", "strip + (tile + 1) % 2", "strip + tile % 2", "diagonal"),
+    _Forward("rows rescaled by another's factor", "*= factor[i][e / 2]", "*= factor[i][0]", "plain"),
+    _Forward(
+        "the highest score of two lanes of four", "high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));", "", "plain"
+    ),
+    _Forward("rows that see nothing yet", "high == -INFINITY ? 0.0f : high", "high", "documents"),
+    _Forward("the last keys left out", "(range.end - 1) / columns + 1", "range.end / columns", "plain"),
+    _Forward("keys of another head", "head / (heads / int(p.kv_heads))", "head % int(p.kv_heads)", "causal"),
+    _Forward("an interval begins late", "begin <= key && key < end", "begin < key && key < end", "documents"),
+    _Forward(
+        "tiles that are seen in part pass for seen by all",
+        "all_begin <= from && to <= all_end",
+        "begin <= from && to <= end",
+        "causal",
+    ),
+    _Forward("windows aligned at the first key", "query + p.k_len - p.q_len;", "query;", "causal"),
+    _Forward("rows past the end are read", "first + row < count && column < columns", "column < columns", "plain"),
+    _Forward("features past the end are read", "count && column < columns;", "count;", "narrow"),
+    _Forward("rows past the end are written", "if (row >= count) continue;", "", "plain"),
+    _Forward(
+        "fragments of keys in the wrong order",
+        "lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8",
+        "lane % 16, k + lane / 16 * 8",
+        "plain",
+    ),
+    _Backward(
+        "tiles of queries are not waited for",
+        "ptx::cp_async_wait<0>();\n    __syncthreads();  // this",
+        "__syncthreads();  // this",
+        "plain",
+    ),
+    _Backward(
+        "no barrier before queries are overwritten",
+        "__syncthreads();  // this step's tiles are there, for all, and all are done with the last one's\n    const",
+        "const",
+        "causal",
+    ),
+    _Backward(
+        "a block's rows overwritten while others use them",
+        "__syncthreads();  // all are done with what the block before",
+        "// what the block before",
+        "many queries",
+    ),
+    _Backward("what comes next is stored too early", "stages[(n + 1) % 2]", "stages[n % 2]", "causal"),
+    _Backward("the gradient of the LSE forgotten", "p.grad_lse ? sum - float(p.grad_lse[at]) : sum", "sum", "plain"),
+    _Backward("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "many queries"),
+    _Backward(
+        "one head of those that share keys",
+        "settled({heads_end - sharing, 0})",
+        "settled({heads_end - 1, 0})",
+        "causal",
+    ),
+    _Backward(
+        "ranges of another batch entry", "ranges[int64_t(batch) * query_blocks + block]", "ranges[block]", "padding"
+    ),
+    _Backward(
+        "queries that see a part of the keys left out",
+        "begin < to && from < end",
+        "begin <= from && from < end",
+        "documents",
+    ),
+    _Backward("masked pairs count", "if (!all && !stage", "if (false && !stage", "causal"),
+    _Backward("a strip off by one", "at - query + kStepRows - 1", "at - query + kStepRows", "diagonal"),
+    _Backward("keys' gradients without the scale", "grad_key, scaled);", "grad_key, plain);", "plain"),
+    _Backward(
+        "diagonals summed before all lanes wrote",
+        "__syncwarp();\n    for (int i = threadIdx.x % 32;",
+        "for (int i = threadIdx.x % 32;",
+        "diagonal",
+    ),
+    _Backward("diagonals of the neighbouring octet", "c >= g ? block", "c > g ? block", "diagonal"),
+    _Backward("sums of warps read too early", "__syncthreads();\n        sums.add_to", "sums.add_to", "diagonal"),
+    _Backward(
+        "a tile's diagonals replace the others'", "strip[start + i] += sum", "strip[start + i] = sum", "diagonal"
+    ),
+    _Backward("diagonals past the strip", "start + i < 0 || start + i >= length", "start + i >= length", "diagonal"),
+    _Backward("slots not zeroed", "slots[u] = 0;", ";", "diagonal"),
+    _Backward(
+        "one head of those that share a strip", "i < (strip + 1) * sharing", "i < strip * sharing + 1", "one strip"
+    ),
+    _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
+    _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
+]

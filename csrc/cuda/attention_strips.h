@@ -52,17 +52,22 @@ struct AttentionWorkspace {
 // strips[h, u] = diag[h, index[u]] log2(e). A row outside of the table, which nobody can report here, becomes NaN.
 __global__ void __launch_bounds__(256) attention_strips_expand(const float* diag, int64_t rows, const int32_t* index,
                                                                float* strips, int64_t length, int64_t heads) {
-  const int64_t at = blockIdx.x * int64_t(256) + threadIdx.x, head = at / length, u = at % length;
-  if (head >= heads) return;
+  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x;
+  if (u >= length) return;
   const int64_t row = index ? index[u] : u;
-  strips[at] = 0 <= row && row < rows ? diag[head * rows + row] * kLog2e : NAN;
+  const bool exists = 0 <= row && row < rows;
+  for (int64_t head = blockIdx.y; head < heads; head += gridDim.y)
+    strips[head * length + u] = exists ? diag[head * rows + row] * kLog2e : NAN;
+}
+
+// A thread per distance, and along y heads, of which the kernels take the rest in steps of the grid.
+inline dim3 strips_grid(const AttentionProblem& p, const AttentionWorkspace& w) {
+  return dim3(unsigned(ceil_div(w.strip_length, 256)), grid_yz(p.diag_heads));
 }
 
 inline int expand_strips(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(p.diag_heads * w.strip_length, 256);
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(attention_strips_expand, dim3(unsigned(blocks)), dim3(256), 0, stream,
+  if (p.diag_heads * w.strip_length == 0) return cudaSuccess;
+  return ptx::launch(attention_strips_expand, strips_grid(p, w), dim3(256), 0, stream,
                      static_cast<const float*>(p.diag), p.diag_rows, p.diag_index, w.strips, w.strip_length,
                      p.diag_heads);
 }
@@ -71,22 +76,23 @@ inline int expand_strips(const AttentionProblem& p, const AttentionWorkspace& w,
 __global__ void __launch_bounds__(256)
     attention_strips_sum(const float* slots, int64_t batch, int64_t heads, int64_t slot_count, int64_t length,
                          int64_t strips, float* sums) {
-  const int64_t at = blockIdx.x * int64_t(256) + threadIdx.x, strip = at / length, u = at % length;
-  const int64_t sharing = heads / strips;
-  if (strip >= strips) return;
-  float sum = 0;
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t i = strip * sharing; i < (strip + 1) * sharing; ++i)
-      for (int64_t s = 0; s < slot_count; ++s) sum += slots[((b * heads + i) * slot_count + s) * length + u];
-  sums[at] = sum;
+  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, sharing = strips == 1 ? heads : 1;
+  if (u >= length) return;
+  for (int64_t strip = blockIdx.y; strip < strips; strip += gridDim.y) {
+    float sum = 0;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = strip * sharing; i < (strip + 1) * sharing; ++i)
+        for (int64_t s = 0; s < slot_count; ++s) sum += slots[((b * heads + i) * slot_count + s) * length + u];
+    sums[strip * length + u] = sum;
+  }
 }
 
 // gradient[h, r] = the sum of strip_gradients[h, u] over the distances u of row r: one block each, in a fixed order.
 __global__ void __launch_bounds__(256) attention_strips_by_row(const float* strip_gradients, const int32_t* index,
-                                                               int64_t length, int64_t rows, float* gradient) {
+                                                               int64_t length, int rows, float* gradient) {
   PYEXT_SHARED(float, parts);
-  const int64_t row = blockIdx.x % rows;
-  const float* strip = strip_gradients + blockIdx.x / rows * length;
+  const int row = int(blockIdx.x) % rows, head = int(blockIdx.x) / rows;
+  const float* strip = strip_gradients + head * length;
   float sum = 0;
   for (int64_t u = threadIdx.x; u < length; u += 256)
     if (index[u] == row) sum += strip[u];
@@ -97,17 +103,17 @@ __global__ void __launch_bounds__(256) attention_strips_by_row(const float* stri
 // Slots -> grad_diag.
 inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   float* const gradient = static_cast<float*>(p.grad_diag);
-  const int64_t blocks = ceil_div(p.diag_heads * w.strip_length, 256), rows = p.diag_heads * p.diag_rows;
-  if (blocks > INT32_MAX || rows > INT32_MAX) return cudaErrorInvalidValue;
-  if (blocks > 0) {
+  const int64_t rows = p.diag_heads * p.diag_rows;
+  if (rows > INT32_MAX) return cudaErrorInvalidValue;
+  if (p.diag_heads * w.strip_length > 0) {
     const int error =
-        ptx::launch(attention_strips_sum, dim3(unsigned(blocks)), dim3(256), 0, stream, w.slots, p.batch, p.heads,
+        ptx::launch(attention_strips_sum, strips_grid(p, w), dim3(256), 0, stream, w.slots, p.batch, p.heads,
                     w.slot_count, w.strip_length, p.diag_heads, p.diag_index ? w.strip_gradients : gradient);
     if (error) return error;
   }
   if (!p.diag_index || rows == 0) return cudaSuccess;
   return ptx::launch(attention_strips_by_row, dim3(unsigned(rows)), dim3(256), 32 * sizeof(float), stream,
-                     w.strip_gradients, p.diag_index, w.strip_length, p.diag_rows, gradient);
+                     w.strip_gradients, p.diag_index, w.strip_length, int(p.diag_rows), gradient);
 }
 
 }  // namespace

@@ -41,11 +41,12 @@ SMALL = {
     "glu": _ROUNDS,
     "moe_route": (*_ROUNDS, *_TILES),
     "moe_dispatch": _ROUNDS,
-    "attention_sm80": (("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"),),
+    "attention_sm80": (("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"), _ROUNDS[1]),
     "attention_sm80_backward": (
         ("kThreads = 256,", "kThreads = 64,"),
         ("kStepRows = 64,", "kStepRows = 32,"),
         ("kStrips = 512", "kStrips = 8"),
+        _ROUNDS[1],
     ),
 }
 #: Routing with rows of logits that do not fit into shared memory.

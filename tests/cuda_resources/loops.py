@@ -1,0 +1,54 @@
+"""Matrix products in the loops of attention's SASS, against what its arithmetic needs.
+
+A kernel goes over tiles in one loop that holds all its HMMA; within it, the products that sum over the features of a
+row are loops of their own, two steps of 16 features at a time (attention_tiles.h), and run features / 32 times.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .compiled import Kernel
+
+#: Of each kernel its products per tile, each of rows of a warp x columns of the tile x features, by its name.
+KERNELS = {
+    r"attention_forward<\w+, ForwardTile<(\d+), (\d+), \d+, (\d+)>, \w+>": lambda width, m, columns: (
+        2,
+        16 * m,
+        columns,
+        width,
+    ),
+    r"attention_backward_keys<\w+, (\d+), \w+>": lambda width: (4, 16, 64, width),
+    r"attention_backward_queries<\w+, (\d+), \w+, \w+>": lambda width: (3, 16, 64, width),
+}
+_HMMA = 16 * 8 * 16  # multiplications of one instruction
+
+
+def complaint(kernel: Kernel) -> str | None:
+    """What is wrong with the loops of a kernel of attention, or None; also None for all other kernels."""
+    for pattern, shape in KERNELS.items():
+        if match := re.fullmatch(pattern, kernel.name):
+            products, rows, columns, width = shape(*map(int, match.groups()))
+            wanted, found = products * rows * columns * width // _HMMA, _products_per_tile(kernel.sass, width)
+            if re.search(r"\b(LDL|STL)\b", kernel.sass):
+                return f"{kernel.name}: accesses to local memory"
+            return None if found == wanted else f"{kernel.name}: {found} HMMA per tile, the arithmetic needs {wanted}"
+    return None
+
+
+def _products_per_tile(sass: str, width: int) -> int:
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
+    products = [at for at, text in code if "HMMA" in text]
+    jumps = ((at, re.search(r"\bBRA\b.*(0x[0-9a-f]+)", text)) for at, text in code)
+    loops = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) <= at]
+
+    def held(loop: tuple[int, int]) -> int:
+        return sum(loop[0] <= at <= loop[1] for at in products)
+
+    tiles = min(
+        (loop for loop in loops if held(loop) == len(products)), key=lambda loop: loop[1] - loop[0], default=None
+    )
+    if tiles is None:
+        return 0
+    inner = sum(held(loop) for loop in loops if held(loop) < len(products))
+    return len(products) - inner + inner * (width // 32)

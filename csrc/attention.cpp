@@ -30,6 +30,7 @@ Tensor readable_rows(const Tensor& t) {
   for (int64_t d = 0; d < 3; ++d) whole = whole && t.stride(d) * int64_t(t.element_size()) % 16 == 0;
   return whole ? t : torch::stable::contiguous(t);
 }
+MaybeTensor readable_rows(const MaybeTensor& t) { return t && t->dim() == 4 ? MaybeTensor(readable_rows(*t)) : t; }
 
 // The optional arguments that forward and backward share, kept alive while the kernel reads them.
 struct Arguments {
@@ -44,7 +45,7 @@ struct Arguments {
                     "query, key and value must have 4 dimensions");
     query = readable_rows(query), key = readable_rows(key), value = readable_rows(value);
     dense = readable(dense), mask = readable(mask);
-    rel_query = readable(rel_query), rel_q = readable(rel_q), rel_k = readable(rel_k);
+    rel_query = readable_rows(rel_query), rel_q = readable_rows(rel_q), rel_k = readable_rows(rel_k);
     for (MaybeTensor* t : {&diag, &diag_index, &rel_index, &segment, &segment_q, &segment_k, &intervals, &block_offsets,
                            &block_index, &block_bits, &sinks, &cu_seqlens_q, &cu_seqlens_k, &seed})
       *t = contiguous(*t);
@@ -79,11 +80,10 @@ struct Arguments {
   // Of what the kernels on a GPU read. They refuse what they do not know.
   void check_device() const {
     STD_TORCH_CHECK(same_device(query, key) && same_device(query, value), "query, key and value must share a device");
-    for (const MaybeTensor* t : {&diag, &diag_index, &intervals})
+    for (const MaybeTensor* t : {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_index})
       STD_TORCH_CHECK(!*t || same_device(query, **t), "biases and masks must be on the device of query");
-    for (const MaybeTensor* t :
-         {&dense, &rel_query, &rel_q, &rel_k, &segment, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
-      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals and diagonal biases only");
+    for (const MaybeTensor* t : {&dense, &rel_k, &segment, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
+      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals, diagonal biases and rows for queries only");
   }
 
   static int64_t strip_length(const AttentionProblem& p) { return p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1; }

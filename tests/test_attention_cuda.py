@@ -17,17 +17,20 @@ import pyext
 from pyext import _native
 from pyext.ops import _cuda_attention
 from support import backends, layouts
-from support.cases import case, check, compare, draw, dtype_name, expected, run
+from support.cases import arguments, case, check, compare, draw, dtype_name, expected, run
 from support.parts import (
     Shape,
     alibi,
     causal,
     diagonal,
+    disentangled,
     documents,
     is_causal,
     padding,
     prefix,
+    shaw,
     t5,
+    transformer_xl,
     window,
 )
 
@@ -104,15 +107,37 @@ def args_of(backend, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("width, value_width", [(256, 256), (136, 64), (64, 200)])
 def test_wide_rows_without_gradient(width, value_width, dtype, cuda, session_seed):
-    drawn, reference, eager = expected(
-        case(Shape(1, 2, 1, 130, 45, width, value_width), causal(), t5()), dtype, session_seed
-    )
-    for leaf in drawn.leaves.values():
-        leaf.requires_grad_(False)
-    q, k, v, table = drawn.leaves.values()
-    options = dict(bias=pyext.bias.t5(table, True), mask=pyext.masks.causal(), enable_gqa=True, return_lse=True)
-    out, lse = pyext.attention(q, k, v, impl="cuda", **options)
+    check_forward(case(Shape(1, 2, 1, 130, 45, width, value_width), causal(), t5()), dtype, session_seed)
+
+
+def check_forward(which, dtype, seed):
+    """Result and LSE of a call without gradients."""
+    drawn, reference, eager = expected(which, dtype, seed)
+    with torch.no_grad():
+        q, k, v = list(drawn.leaves.values())[:3]
+        out, lse = pyext.attention(q, k, v, return_lse=True, impl="cuda", **arguments(drawn))
     compare(drawn, {"out": out, "lse": lse}, reference, eager)
+
+
+#: Tiles are of 64 queries and 32 keys.
+RELATIVE = [
+    case(Shape(1, 2, 2, 130, 130, 64, 64), transformer_xl()),
+    case(Shape(2, 2, 1, 65, 140, 64, 64), transformer_xl("past"), causal()),
+    case(Shape(1, 2, 2, 100, 33, 32, 40), transformer_xl("xlnet", batched=True), padding()),
+    case(Shape(1, 2, 2, 70, 70, 96, 80), transformer_xl("few", heads="1"), documents()),
+    case(Shape(1, 2, 2, 64, 97, 128, 128), transformer_xl(u=False, v=False), alibi(), window(60, 5)),
+    case(Shape(2, 1, 1, 40, 170, 104, 128), shaw(7, heads="h")),
+    case(Shape(1, 2, 2, 97, 50, 16, 16), shaw(200), t5(), causal(), layout="padded_rows"),
+    case(Shape(1, 1, 1, 130, 60, 64, 64), disentangled("c2p", buckets=16, max_position=60), causal()),
+    case(Shape(1, 2, 2, 1, 77, 64, 64), transformer_xl()),
+    case(Shape(1, 1, 1, 1, 1, 64, 64), transformer_xl()),
+    case(Shape(1, 1, 1, 5, 0, 64, 64), transformer_xl()),
+]
+
+
+@pytest.mark.parametrize("number", range(len(RELATIVE)), ids=lambda n: str(RELATIVE[n]))
+def test_relative_rows(number, cuda, session_seed):
+    check_forward(RELATIVE[number], DTYPES[(number + session_seed) % 2], session_seed)
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "diag"])
@@ -223,11 +248,12 @@ def test_compiled(packed, dynamic, cuda):
 
 @emulated
 @pytest.mark.parametrize("small", [False, True], ids=["tiles", "small tiles"])
-@pytest.mark.parametrize("name", ["slopes", "documents", "many queries"])
+@pytest.mark.parametrize("name", ["slopes", "documents", "many queries", "relative"])
 def test_same_bits_in_every_schedule(name, small, seed):
     """Races, missing waits and the order of blocks would show; small tiles make many of a few queries and keys."""
-    sources = {stem: source(stem, *SMALL[stem]) if small else SOURCES[stem] for stem in STEMS}
-    drawn, first = draw(attention_probes.PROBES[name], torch.float16, seed), None
+    stems = STEMS if name in attention_probes.PROBES else STEMS[:1]
+    sources = {stem: source(stem, *SMALL[stem]) if small else SOURCES[stem] for stem in stems}
+    drawn, first = draw(attention_probes.FORWARD[name], torch.float16, seed), None
     every = small and name == "many queries"
     runs = list(itertools.product(SCHEDULES, COMPLETIONS)) if every else list(zip(SCHEDULES, COMPLETIONS))
     for n, (schedule, completion) in enumerate(runs):
@@ -246,10 +272,11 @@ def test_defect_is_caught(mutant, seed):
 
 
 @emulated
-@pytest.mark.parametrize("name", attention_probes.PROBES)
+@pytest.mark.parametrize("name", attention_probes.FORWARD)
 def test_small_tiles(name, seed):
-    """Of every probe many tiles, forward and backward."""
-    with instead_of_cpu({stem: source(stem, *SMALL[stem]) for stem in STEMS}, seed=seed % 2**31):
+    """Of every probe many tiles, forward and, where there is one, backward."""
+    stems = STEMS if name in attention_probes.PROBES else STEMS[:1]
+    with instead_of_cpu({stem: source(stem, *SMALL[stem]) for stem in stems}, seed=seed % 2**31):
         attention_probes.check(name, torch.float16, seed)
 
 
@@ -259,7 +286,12 @@ REFUSED = {
     "dtype torch.float32 is not supported": dict(dtype=torch.float32),
     "dtype torch.float64 is not supported": dict(dtype=torch.float64),
     "do not know a dense bias": dict(bias=lambda: pyext.bias.dense(torch.randn(5, 9))),
-    "do not know a bias of relative rows": dict(bias=lambda: pyext.bias.shaw(torch.randn(5, 16), 2)),
+    "do not know a bias that multiplies keys with relative rows": dict(
+        bias=lambda: pyext.bias.disentangled(None, torch.randn(2, 4, 16), buckets=None, max_position=2, scale=1.0)
+    ),
+    "have no gradient of a bias of relative rows": dict(
+        bias=lambda: pyext.bias.shaw(torch.randn(5, 16), 2), gradient=True
+    ),
     "do not know a segment bias": dict(
         bias=lambda: pyext.bias.segment(
             torch.randn(1, 2, 5, 2), torch.zeros(5, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
@@ -275,6 +307,9 @@ REFUSED = {
     "the head dimension is 0, no positive multiple of 8": dict(d=0),
     "the head dimension is 264, more than 256": dict(dv=264),
     "the head dimension is 136, more than 128 with a gradient": dict(d=136, gradient=True),
+    "the head dimension is 136, more than 128 with relative rows": dict(
+        d=136, bias=lambda: pyext.bias.shaw(torch.randn(5, 136), 2)
+    ),
 }
 
 
@@ -325,6 +360,9 @@ def test_shared_memory_is_what_the_launchers_ask_for(width):
             if tiles.backward is not None:
                 out.sum().backward()
                 assert shared_bytes() == (tiles.strip_gradient if strip else tiles.backward)
+                rows = pyext.bias.shaw(torch.zeros(3, width, dtype=q.dtype), 1)
+                pyext.attention(*[q.detach()] * 3, bias=rows, impl="cuda")
+                assert shared_bytes() == tiles.relative
 
 
 def test_gpus_with_less_shared_memory(monkeypatch):

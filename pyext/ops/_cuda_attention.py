@@ -14,21 +14,22 @@ class Tiles(NamedTuple):
     """Bytes of shared memory that a block takes of the kernels for rows of up to so many features."""
 
     forward: int
-    backward: int | None  # None: there is no such kernel
-    strip_gradient: int | None  # the backward that also adds up the gradient of a diagonal bias
+    relative: int | None = None  # the forward with relative rows; None: there is no such kernel
+    backward: int | None = None
+    strip_gradient: int | None = None  # the backward that also adds up the gradient of a diagonal bias
 
 
 #: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all.
 TILES = {
-    64: Tiles(57_920, 77_312, 99_456),
-    96: Tiles(82_496, 110_080, 132_224),
-    128: Tiles(107_072, 142_848, 164_992),
-    256: Tiles(137_600, None, None),
+    64: Tiles(57_920, 82_496, 77_312, 99_456),
+    96: Tiles(82_496, 102_976, 110_080, 132_224),
+    128: Tiles(107_072, 123_456, 142_848, 164_992),
+    256: Tiles(137_600),
 }
 #: Fields of the problem that the kernels do not know, as a refusal calls them.
 _UNKNOWN = {
     "dense": "a dense bias",
-    "rel_index": "a bias of relative rows",
+    "rel_k": "a bias that multiplies keys with relative rows",
     "segment": "a segment bias",
     "mask": "a dense mask",
     "block_offsets": "a mask of several ranges of keys per query",
@@ -46,9 +47,12 @@ def limits(problem: tuple) -> str | None:
     for name, what in _UNKNOWN.items():
         if isinstance(getattr(p, name), Tensor) or name in ("softcap", "dropout_p") and getattr(p, name):
             return f"its kernels do not know {what}"
-    if p.cu_seqlens_q is not None and p.diag is not None:
+    if p.cu_seqlens_q is not None and (p.diag is not None or p.rel_q is not None):
         return "its kernels do not know a bias over packed sequences"
-    return _limit_of_sizes(p, _register.is_recorded(problem))
+    gradient = _register.is_recorded(problem)
+    if p.rel_q is not None and gradient:
+        return "its kernels have no gradient of a bias of relative rows"
+    return _limit_of_sizes(p, gradient)
 
 
 def _limit_of_sizes(p: AttentionProblem, gradient: bool) -> str | None:
@@ -57,9 +61,10 @@ def _limit_of_sizes(p: AttentionProblem, gradient: bool) -> str | None:
     for name, width in (("head dimension", head_dim), ("head dimension of value", value_dim)):
         if width % 8 or width == 0:
             return f"the {name} is {width}, no positive multiple of 8"
-    width, most = max(head_dim, value_dim), 128 if gradient else 256
+    width, most = max(head_dim, value_dim), 128 if gradient or p.rel_q is not None else 256
     if width > most:
-        return f"the head dimension is {width}, more than {most}{' with a gradient' if gradient else ''}"
+        beside = " with a gradient" if gradient else " with relative rows" if p.rel_q is not None else ""
+        return f"the head dimension is {width}, more than {most}{beside}"
     if batch * heads * max(queries, keys) >= 2**31:
         return "there are 2^31 rows or more"
     return None if not p.query.is_cuda else _limit_of_memory(p, width, gradient)
@@ -68,7 +73,7 @@ def _limit_of_sizes(p: AttentionProblem, gradient: bool) -> str | None:
 def _limit_of_memory(p: AttentionProblem, width: int, gradient: bool) -> str | None:
     """What a GPU with less shared memory than an A100 has against a problem."""
     tiles = next(tiles for features, tiles in TILES.items() if width <= features)
-    need = tiles.forward
+    need = tiles.forward if p.rel_q is None else tiles.relative
     if gradient:
         need = tiles.backward if p.diag is None or not p.diag.requires_grad else tiles.strip_gradient
     has = _native.shared_memory(p.query.device)

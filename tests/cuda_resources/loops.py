@@ -1,7 +1,7 @@
 """Matrix products in the loops of attention's SASS, against what its arithmetic needs.
 
-A kernel goes over tiles in one loop that holds all its HMMA; within it, the products that sum over the features of a
-row are loops of their own, two steps of 16 features at a time (attention_tiles.h), and run features / 32 times.
+A kernel goes over tiles in the loop that holds most of its HMMA; within it, the products that sum over the features of
+a row are loops of their own, two steps of 16 features at a time (attention_tiles.h), and run features / 32 times.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ from .compiled import Kernel
 KERNELS = {
     r"attention_forward<\w+, ForwardTile<(\d+), (\d+), \d+, (\d+)>, \w+>": lambda width, m, columns: (
         2,
+        16 * m,
+        columns,
+        width,
+    ),
+    r"attention_forward<\w+, RelativeTile<(\d+), (\d+), \d+, (\d+)>, \w+>": lambda width, m, columns: (
+        3,
         16 * m,
         columns,
         width,
@@ -45,10 +51,6 @@ def _products_per_tile(sass: str, width: int) -> int:
     def held(loop: tuple[int, int]) -> int:
         return sum(loop[0] <= at <= loop[1] for at in products)
 
-    tiles = min(
-        (loop for loop in loops if held(loop) == len(products)), key=lambda loop: loop[1] - loop[0], default=None
-    )
-    if tiles is None:
-        return 0
-    inner = sum(held(loop) for loop in loops if held(loop) < len(products))
-    return len(products) - inner + inner * (width // 32)
+    tiles = max(loops, key=lambda loop: (held(loop), loop[0] - loop[1]), default=(0, 0))  # the innermost of them
+    inner = sum(held(loop) for loop in loops if tiles[0] <= loop[0] and loop[1] <= tiles[1] and loop != tiles)
+    return held(tiles) - inner + inner * (width // 32)

@@ -62,6 +62,33 @@ MUTANTS = [
         "lane % 16, k + lane / 16 * 8",
         "plain",
     ),
+    _Forward(
+        "relative rows skewed by one",
+        "first + Tile::rows - 1 - threadIdx.x",
+        "first + Tile::rows - threadIdx.x",
+        "relative",
+    ),
+    _Forward(
+        "products read before all lanes wrote",
+        "first + 8 * j + lane_column() + e % 2) = sum[0][j][e];\n    }\n    __syncwarp();",
+        "first + 8 * j + lane_column() + e % 2) = sum[0][j][e];\n    }",
+        "relative",
+    ),
+    _Forward(
+        "relative rows overwritten while others use them",
+        "__syncthreads();  // all are done with the stages",
+        "// the stages",
+        "relative",
+    ),
+    _Forward(
+        "half of the ring empty before the first tile",
+        "before = tile - 2; before < tile; ++before) multiply",
+        "before = tile - 1; before < tile; ++before) multiply",
+        "relative",
+    ),
+    _Forward("relative rows in one stage", "(tile & 1) * Tile::columns", "0 * Tile::columns", "relative"),
+    _Forward("distances that do not occur", "0 <= u && u < length ? p.rel_index[u] : -1", "p.rel_index[u]", "clipped"),
+    _Forward("relative rows of the first head", "head * p.rel_q.head", "0", "clipped"),
     _Backward(
         "tiles of queries are not waited for",
         "ptx::cp_async_wait<0>();\n    __syncthreads();  // this",

@@ -7,7 +7,7 @@ import torch
 from support.backends import Backend
 from support.cases import Case, case
 from support.cases import check as check_case
-from support.parts import Shape, alibi, causal, diagonal, documents, padding, t5, window
+from support.parts import Shape, alibi, causal, diagonal, documents, padding, shaw, t5, transformer_xl, window
 
 PROBES: dict[str, Case] = {
     "plain": case(Shape(2, 2, 2, 70, 70, 64, 64)),
@@ -23,7 +23,14 @@ PROBES: dict[str, Case] = {
     "many queries": case(Shape(1, 2, 1, 300, 60, 64, 64), diagonal(), window(100, 20)),
 }
 
+#: With what the backward kernels refuse, besides.
+FORWARD = {
+    **PROBES,
+    "relative": case(Shape(2, 2, 1, 70, 131, 64, 64), transformer_xl(), window(100, 20)),
+    "clipped": case(Shape(1, 2, 2, 40, 75, 64, 40), shaw(9, heads="h"), alibi()),
+}
+
 
 def check(name: str, dtype: torch.dtype, seed: int) -> None:
     """Result, LSE and every gradient against the oracle."""
-    check_case(PROBES[name], dtype, Backend("cpu"), seed)
+    check_case(FORWARD[name], dtype, Backend("cpu"), seed)

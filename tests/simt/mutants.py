@@ -41,7 +41,12 @@ SMALL = {
     "glu": _ROUNDS,
     "moe_route": (*_ROUNDS, *_TILES),
     "moe_dispatch": _ROUNDS,
-    "attention_sm80": (("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"), _ROUNDS[1]),
+    "attention_sm80": (
+        ("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"),
+        ("RelativeTile<64, 1, 4, 32>", "RelativeTile<64, 1, 2, 16>"),
+        ("entries = 128", "entries = 64"),
+        _ROUNDS[1],
+    ),
     "attention_sm80_backward": (
         ("kThreads = 256,", "kThreads = 64,"),
         ("kStepRows = 64,", "kStepRows = 32,"),
@@ -67,6 +72,7 @@ _CUTS = {
         ("return with_width<bf16>(p, w, s);", _REFUSED),
         *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, 64>"), "") for n in (96, 128)),
         (_OTHER_WIDTHS(256, "with_bias", "ForwardTile<256, 1, 8, 32>"), ""),
+        *((_OTHER_WIDTHS(n, "with_bias", f"RelativeTile<{n}, 1, 4, 32>"), "") for n in (96, 128)),
     ),
     "attention_sm80_backward": (
         ("return with_width<bf16>(p, w, s);", _REFUSED),
@@ -173,7 +179,7 @@ def check(stem: str, dtype: torch.dtype, seed: int, probe: str = "") -> None:
     for stems, probes, look in (
         ("moe_route", moe_probes.ROUTES, moe_probes.check_route),
         ("moe_dispatch", moe_probes.ROWS, moe_probes.check_rows),
-        ("attention_sm80", attention_probes.PROBES, attention_probes.check),
+        ("attention_sm80", attention_probes.FORWARD, attention_probes.check),
         ("attention_sm80_backward", attention_probes.PROBES, attention_probes.check),
     ):
         if stem == stems:

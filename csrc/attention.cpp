@@ -80,10 +80,10 @@ struct Arguments {
   // Of what the kernels on a GPU read. They refuse what they do not know.
   void check_device() const {
     STD_TORCH_CHECK(same_device(query, key) && same_device(query, value), "query, key and value must share a device");
-    for (const MaybeTensor* t : {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_index})
+    for (const MaybeTensor* t : {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_k, &rel_index})
       STD_TORCH_CHECK(!*t || same_device(query, **t), "biases and masks must be on the device of query");
-    for (const MaybeTensor* t : {&dense, &rel_k, &segment, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
-      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals, diagonal biases and rows for queries only");
+    for (const MaybeTensor* t : {&dense, &segment, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
+      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals, diagonal biases and relative rows only");
   }
 
   static int64_t strip_length(const AttentionProblem& p) { return p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1; }

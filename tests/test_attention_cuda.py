@@ -129,6 +129,9 @@ RELATIVE = [
     case(Shape(2, 1, 1, 40, 170, 104, 128), shaw(7, heads="h")),
     case(Shape(1, 2, 2, 97, 50, 16, 16), shaw(200), t5(), causal(), layout="padded_rows"),
     case(Shape(1, 1, 1, 130, 60, 64, 64), disentangled("c2p", buckets=16, max_position=60), causal()),
+    case(Shape(1, 2, 2, 70, 130, 64, 64), disentangled(buckets=16, max_position=60)),
+    case(Shape(2, 2, 1, 97, 60, 72, 64), disentangled(batched=True), padding(), t5()),
+    case(Shape(1, 2, 2, 33, 33, 128, 128), disentangled(heads="1"), causal(), layout="padded_rows"),
     case(Shape(1, 2, 2, 1, 77, 64, 64), transformer_xl()),
     case(Shape(1, 1, 1, 1, 1, 64, 64), transformer_xl()),
     case(Shape(1, 1, 1, 5, 0, 64, 64), transformer_xl()),
@@ -286,7 +289,7 @@ REFUSED = {
     "dtype torch.float32 is not supported": dict(dtype=torch.float32),
     "dtype torch.float64 is not supported": dict(dtype=torch.float64),
     "do not know a dense bias": dict(bias=lambda: pyext.bias.dense(torch.randn(5, 9))),
-    "do not know a bias that multiplies keys with relative rows": dict(
+    "do not know a bias of relative rows of keys alone": dict(
         bias=lambda: pyext.bias.disentangled(None, torch.randn(2, 4, 16), buckets=None, max_position=2, scale=1.0)
     ),
     "have no gradient of a bias of relative rows": dict(
@@ -363,6 +366,10 @@ def test_shared_memory_is_what_the_launchers_ask_for(width):
                 rows = pyext.bias.shaw(torch.zeros(3, width, dtype=q.dtype), 1)
                 pyext.attention(*[q.detach()] * 3, bias=rows, impl="cuda")
                 assert shared_bytes() == tiles.relative
+                table = torch.zeros(1, 2, width, dtype=q.dtype)
+                rows = pyext.bias.disentangled(table, table, buckets=None, max_position=1, scale=1.0)
+                pyext.attention(*[q.detach()] * 3, bias=rows, impl="cuda")
+                assert shared_bytes() == tiles.relative_both
 
 
 def test_gpus_with_less_shared_memory(monkeypatch):

@@ -76,6 +76,13 @@ struct RelativeTile : ForwardTile<width, M, warps, columns> {
   using Relative = RelativeRows<T, Base>;
 };
 
+template <int width, int M, int warps, int columns>
+struct RelativeTileOfBoth : ForwardTile<width, M, warps, columns> {
+  using Base = ForwardTile<width, M, warps, columns>;
+  template <class T>
+  using Relative = RelativeRowsOfBoth<T, Base>;
+};
+
 template <class T, class Tile, bool biased>
 __global__ void __launch_bounds__(Tile::threads, 1)
     attention_forward(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length) {
@@ -131,7 +138,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     ptx::cp_async_wait<1>();
     __syncthreads();  // the tile's keys are there, for all, and all are done with the values before
     load_key(tile + 1), read_strip(tile + 1);
-    relative.multiply(tile);
+    relative.multiply(tile, stage(tile % 2));
     float s[M][N][4] = {};
     multiply_transposed<M, N>(s, q, threadIdx.x / 32 * 16 * M, stage(tile % 2));
     relative.add_to(s, tile);
@@ -191,6 +198,13 @@ int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream
 template <class T>
 int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
+  if (p.rel_k.data) {
+    if (!p.rel_q.data) return cudaErrorInvalidValue;
+    if (width <= 64) return with_bias<T, RelativeTileOfBoth<64, 1, 4, 32>>(p, w, stream);
+    if (width <= 96) return with_bias<T, RelativeTileOfBoth<96, 1, 4, 32>>(p, w, stream);
+    if (width <= 128) return with_bias<T, RelativeTileOfBoth<128, 1, 4, 32>>(p, w, stream);
+    return cudaErrorInvalidValue;
+  }
   if (p.rel_q.data) {
     if (width <= 64) return with_bias<T, RelativeTile<64, 1, 4, 32>>(p, w, stream);
     if (width <= 96) return with_bias<T, RelativeTile<96, 1, 4, 32>>(p, w, stream);
@@ -214,7 +228,7 @@ extern "C" int64_t pyext_cuda_attention_forward_workspace(const pyext::Attention
 extern "C" int pyext_cuda_attention_forward(const pyext::AttentionProblem& p, void* stream) {
   using namespace pyext;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (!fits_tiles(p, p.query, p.key, p.value, p.rel_query, p.rel_q)) return cudaErrorInvalidValue;
+  if (!fits_tiles(p, p.query, p.key, p.value, p.rel_query, p.rel_q, p.rel_k)) return cudaErrorInvalidValue;
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
   const AttentionWorkspace w(p, p.workspace, false);
   if (const int error = expand_strips(p, w, s)) return error;

@@ -394,7 +394,7 @@ extern "C" int64_t pyext_cuda_attention_backward_workspace(const pyext::Attentio
 extern "C" int pyext_cuda_attention_backward(const pyext::AttentionProblem& p, void* stream) {
   using namespace pyext;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (p.rel_q.data || !fits_tiles(p, p.query, p.key, p.value, p.out, p.grad_out)) return cudaErrorInvalidValue;
+  if (p.rel_index || !fits_tiles(p, p.query, p.key, p.value, p.out, p.grad_out)) return cudaErrorInvalidValue;
   const AttentionWorkspace w = workspace_of(p, p.workspace);
   switch (p.dtype) {
     case DType::bf16:

@@ -254,8 +254,8 @@ PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, co
 template <class... Tensors>
 bool fits_tiles(const AttentionProblem& p, const Tensors&... tensors) {
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && has_aligned_rows(p.dtype, tensors...) && !p.dense.data &&
-         !p.rel_k.data && !p.segment && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q &&
-         p.softcap == 0 && p.dropout_p == 0;
+         !p.segment && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q && p.softcap == 0 &&
+         p.dropout_p == 0;
 }
 
 }  // namespace

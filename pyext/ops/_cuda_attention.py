@@ -14,22 +14,22 @@ class Tiles(NamedTuple):
     """Bytes of shared memory that a block takes of the kernels for rows of up to so many features."""
 
     forward: int
-    relative: int | None = None  # the forward with relative rows; None: there is no such kernel
+    relative: int | None = None  # the forward with relative rows of queries; None: there is no such kernel
+    relative_both: int | None = None  # the same with relative rows of keys
     backward: int | None = None
     strip_gradient: int | None = None  # the backward that also adds up the gradient of a diagonal bias
 
 
-#: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all.
+#: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all but one.
 TILES = {
-    64: Tiles(57_920, 82_496, 77_312, 99_456),
-    96: Tiles(82_496, 102_976, 110_080, 132_224),
-    128: Tiles(107_072, 123_456, 142_848, 164_992),
+    64: Tiles(57_920, 82_496, 114_368, 77_312, 99_456),
+    96: Tiles(82_496, 102_976, 143_040, 110_080, 132_224),
+    128: Tiles(107_072, 123_456, 171_712, 142_848, 164_992),
     256: Tiles(137_600),
 }
 #: Fields of the problem that the kernels do not know, as a refusal calls them.
 _UNKNOWN = {
     "dense": "a dense bias",
-    "rel_k": "a bias that multiplies keys with relative rows",
     "segment": "a segment bias",
     "mask": "a dense mask",
     "block_offsets": "a mask of several ranges of keys per query",
@@ -47,6 +47,8 @@ def limits(problem: tuple) -> str | None:
     for name, what in _UNKNOWN.items():
         if isinstance(getattr(p, name), Tensor) or name in ("softcap", "dropout_p") and getattr(p, name):
             return f"its kernels do not know {what}"
+    if p.rel_k is not None and p.rel_q is None:
+        return "its kernels do not know a bias of relative rows of keys alone"
     if p.cu_seqlens_q is not None and (p.diag is not None or p.rel_q is not None):
         return "its kernels do not know a bias over packed sequences"
     gradient = _register.is_recorded(problem)
@@ -73,7 +75,7 @@ def _limit_of_sizes(p: AttentionProblem, gradient: bool) -> str | None:
 def _limit_of_memory(p: AttentionProblem, width: int, gradient: bool) -> str | None:
     """What a GPU with less shared memory than an A100 has against a problem."""
     tiles = next(tiles for features, tiles in TILES.items() if width <= features)
-    need = tiles.forward if p.rel_q is None else tiles.relative
+    need = tiles.forward if p.rel_q is None else tiles.relative if p.rel_k is None else tiles.relative_both
     if gradient:
         need = tiles.backward if p.diag is None or not p.diag.requires_grad else tiles.strip_gradient
     has = _native.shared_memory(p.query.device)

@@ -7,35 +7,33 @@ a row are loops of their own, two steps of 16 features at a time (attention_tile
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from .compiled import Kernel
 
-#: Of each kernel its products per tile, each of rows of a warp x columns of the tile x features, by its name.
-KERNELS = {
-    r"attention_forward<\w+, ForwardTile<(\d+), (\d+), \d+, (\d+)>, \w+>": lambda width, m, columns: (
-        2,
-        16 * m,
-        columns,
-        width,
+#: Multiplications of a warp per tile, by a kernel's name.
+KERNELS: dict[str, Callable[..., int]] = {
+    r"attention_forward<\w+, ForwardTile<(\d+), (\d+), \d+, (\d+)>, \w+>": (
+        lambda width, m, columns: 2 * 16 * m * columns * width
     ),
-    r"attention_forward<\w+, RelativeTile<(\d+), (\d+), \d+, (\d+)>, \w+>": lambda width, m, columns: (
-        3,
-        16 * m,
-        columns,
-        width,
+    r"attention_forward<\w+, RelativeTile<(\d+), 1, \d+, (\d+)>, \w+>": (
+        lambda width, columns: 3 * 16 * columns * width
     ),
-    r"attention_backward_keys<\w+, (\d+), \w+>": lambda width: (4, 16, 64, width),
-    r"attention_backward_queries<\w+, (\d+), \w+, \w+>": lambda width: (3, 16, 64, width),
+    r"attention_forward<\w+, RelativeTileOfBoth<(\d+), 1, (\d+), (\d+)>, \w+>": (
+        lambda width, warps, columns: (3 * 16 * columns + columns * (16 * warps + columns) // warps) * width
+    ),
+    r"attention_backward_keys<\w+, (\d+), \w+>": lambda width: 4 * 16 * 64 * width,
+    r"attention_backward_queries<\w+, (\d+), \w+, \w+>": lambda width: 3 * 16 * 64 * width,
 }
 _HMMA = 16 * 8 * 16  # multiplications of one instruction
 
 
 def complaint(kernel: Kernel) -> str | None:
     """What is wrong with the loops of a kernel of attention, or None; also None for all other kernels."""
-    for pattern, shape in KERNELS.items():
+    for pattern, multiplications in KERNELS.items():
         if match := re.fullmatch(pattern, kernel.name):
-            products, rows, columns, width = shape(*map(int, match.groups()))
-            wanted, found = products * rows * columns * width // _HMMA, _products_per_tile(kernel.sass, width)
+            sizes = list(map(int, match.groups()))
+            wanted, found = multiplications(*sizes) // _HMMA, _products_per_tile(kernel.sass, width=sizes[0])
             if re.search(r"\b(LDL|STL)\b", kernel.sass):
                 return f"{kernel.name}: accesses to local memory"
             return None if found == wanted else f"{kernel.name}: {found} HMMA per tile, the arithmetic needs {wanted}"

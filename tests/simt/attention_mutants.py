@@ -89,6 +89,21 @@ MUTANTS = [
     _Forward("relative rows in one stage", "(tile & 1) * Tile::columns", "0 * Tile::columns", "relative"),
     _Forward("distances that do not occur", "0 <= u && u < length ? p.rel_index[u] : -1", "p.rel_index[u]", "clipped"),
     _Forward("relative rows of the first head", "head * p.rel_q.head", "0", "clipped"),
+    _Forward(
+        "products of other warps read too early", "__syncthreads();  // all warps' products are there", "", "both"
+    ),
+    _Forward(
+        "a square of products left out", "(squares + Tile::warps - 1) / Tile::warps", "squares / Tile::warps", "both"
+    ),
+    _Forward(
+        "two blocks of relative rows for keys, not four",
+        "ring_rows = 4 * Tile::columns",
+        "ring_rows = 2 * Tile::columns",
+        "both",
+    ),
+    _Forward(
+        "keys' products of another query", "key * pitch + key - row - e / 2 * 8", "key * pitch + key - row", "both"
+    ),
     _Backward(
         "tiles of queries are not waited for",
         "ptx::cp_async_wait<0>();\n    __syncthreads();  // this",

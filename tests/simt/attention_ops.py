@@ -31,13 +31,15 @@ def _problem(call: Call) -> tuple[AttentionProblem, dict[str, Tensor | None]]:
     p.kv_heads, p.k_len, p.value_dim = key.shape[1], key.shape[2], value.shape[3]
     p.query, p.key, p.value = map(view, inputs.values())
     p.softcap, p.dropout_p = call.softcap, call.dropout_p
-    for name in ("rel_query", "rel_q"):
+    for name in ("rel_query", "rel_q", "rel_k"):
         tensor = getattr(call, name)
         if tensor is not None:
             inputs[name] = _as_rows(tensor)
             setattr(p, name, view(inputs[name]))
     if call.rel_q is not None:
         p.rel_q_batch, p.rel_q_heads, p.rel_rows = call.rel_q.shape[:3]
+    if call.rel_k is not None:
+        p.rel_k_batch, p.rel_k_heads, p.rel_rows = call.rel_k.shape[:3]
     for name in ("diag", "diag_index", "intervals", "rel_index"):
         tensor = getattr(call, name)
         if tensor is not None:

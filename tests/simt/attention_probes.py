@@ -7,7 +7,19 @@ import torch
 from support.backends import Backend
 from support.cases import Case, case
 from support.cases import check as check_case
-from support.parts import Shape, alibi, causal, diagonal, documents, padding, shaw, t5, transformer_xl, window
+from support.parts import (
+    Shape,
+    alibi,
+    causal,
+    diagonal,
+    disentangled,
+    documents,
+    padding,
+    shaw,
+    t5,
+    transformer_xl,
+    window,
+)
 
 PROBES: dict[str, Case] = {
     "plain": case(Shape(2, 2, 2, 70, 70, 64, 64)),
@@ -27,6 +39,7 @@ PROBES: dict[str, Case] = {
 FORWARD = {
     **PROBES,
     "relative": case(Shape(2, 2, 1, 70, 131, 64, 64), transformer_xl(), window(100, 20)),
+    "both": case(Shape(1, 2, 1, 50, 75, 64, 64), disentangled(buckets=8, max_position=30), causal()),
     "clipped": case(Shape(1, 2, 2, 40, 75, 64, 40), shaw(9, heads="h"), alibi()),
 }
 

@@ -43,7 +43,7 @@ SMALL = {
     "moe_dispatch": _ROUNDS,
     "attention_sm80": (
         ("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"),
-        ("RelativeTile<64, 1, 4, 32>", "RelativeTile<64, 1, 2, 16>"),
+        *((f"RelativeTile{of}<64, 1, 4, 32>", f"RelativeTile{of}<64, 1, 2, 16>") for of in ("", "OfBoth")),
         ("entries = 128", "entries = 64"),
         _ROUNDS[1],
     ),
@@ -72,7 +72,11 @@ _CUTS = {
         ("return with_width<bf16>(p, w, s);", _REFUSED),
         *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, 64>"), "") for n in (96, 128)),
         (_OTHER_WIDTHS(256, "with_bias", "ForwardTile<256, 1, 8, 32>"), ""),
-        *((_OTHER_WIDTHS(n, "with_bias", f"RelativeTile<{n}, 1, 4, 32>"), "") for n in (96, 128)),
+        *(
+            (_OTHER_WIDTHS(n, "with_bias", f"RelativeTile{of}<{n}, 1, 4, 32>"), "")
+            for n in (96, 128)
+            for of in ("", "OfBoth")
+        ),
     ),
     "attention_sm80_backward": (
         ("return with_width<bf16>(p, w, s);", _REFUSED),

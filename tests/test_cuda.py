@@ -33,7 +33,9 @@ def everything(x, cos, sin, positions, gate, up):
     turned = pyext.rotary(*leaves[:3], positions=positions, impl="cuda")
     gated = [op(*leaves[3:], impl="cuda") for op in (pyext.geglu, pyext.swiglu, pyext.reglu)]
     packed = pyext.geglu(torch.cat(leaves[3:], -1), approximate="tanh", impl="cuda")
-    results = [turned, *gated, packed]
+    bias = pyext.bias.alibi(leaves[2][0, :5])
+    attended = pyext.attention(turned, turned, leaves[0], is_causal=True, bias=bias, impl="cuda")
+    results = [turned, *gated, packed, attended]
     logits, rows = (leaf.flatten(0, -2) for leaf in leaves[3:])
     for options in POLICIES:
         routing = pyext.moe.route(logits, impl="cuda", **options)

@@ -265,9 +265,11 @@ std::tuple<Tensor, Tensor> attention_forward(
     run_on_device(
         a.query, "query", [&] { kernels().attention_forward(p, parallel()); },
         [&](auto stream) {
-          const Tensor memory = workspace(a.query, pyext_cuda_attention_forward_workspace(p));
+          const int64_t bytes = compute_capability(a.query) == 90 ? pyext_cuda_attention_forward_sm90_workspace(p) : -1;
+          const bool hopper = bytes >= 0;
+          const Tensor memory = workspace(a.query, hopper ? bytes : pyext_cuda_attention_forward_workspace(p));
           p.workspace = memory.mutable_data_ptr();
-          return pyext_cuda_attention_forward(p, stream);
+          return hopper ? pyext_cuda_attention_forward_sm90(p, stream) : pyext_cuda_attention_forward(p, stream);
         });
   }
   return {out, lse};

@@ -117,6 +117,18 @@ inline const KernelTable& kernels() {
   return *table;
 }
 
+// 10 major + minor of the GPU that x is on; 0 on the CPU.
+inline int compute_capability([[maybe_unused]] const Tensor& x) {
+  int major = 0, minor = 0;
+#if defined(PYEXT_CUDA)
+  if (x.is_cuda()) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
+  }
+#endif
+  return 10 * major + minor;
+}
+
 // Runs cpu(), or cuda(stream) where x is on a GPU: on its current stream, the one that CUDA graphs record. The latter
 // is a generic lambda, because a build without CUDA never instantiates it and so needs no launcher. `name` is x's.
 template <class Cpu, class Cuda>

@@ -8,8 +8,7 @@ from cuda_resources import compiled, loops
 pytestmark = pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
 
 
-@pytest.mark.parametrize("architecture", compiled.ARCHITECTURES)
-@pytest.mark.parametrize("source", compiled.SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize(("source", "architecture"), compiled.BUILDS, ids=lambda value: getattr(value, "name", value))
 def test_resources(source, architecture):
     assert not compiled.complaints(source, architecture)
 
@@ -35,6 +34,6 @@ def test_loops_are_read():
 
 
 def test_every_row_is_used():
-    names = [kernel.name for source in compiled.SOURCES for kernel in compiled.kernels(source, "sm_80")]
+    names = [kernel.name for build in compiled.BUILDS for kernel in compiled.kernels(*build)]
     rows = {row.pattern for row in compiled.table()}
     assert rows == {compiled.row_of(compiled.Kernel(name)).pattern for name in names}

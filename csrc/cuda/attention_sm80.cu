@@ -10,55 +10,6 @@
 namespace pyext {
 namespace {
 
-// The softmax of 16 M rows so far: exact sums of what one lane holds, relative to the row's highest score.
-template <int M>
-struct OnlineSoftmax {
-  float highest[M][2], total[M][2];
-
-  PYEXT_DEVICE OnlineSoftmax() {
-#pragma unroll
-    for (int i = 0; i < M; ++i) highest[i][0] = highest[i][1] = -INFINITY, total[i][0] = total[i][1] = 0;
-  }
-
-  // Scores become weights; `factor` is what earlier weights must be multiplied by.
-  template <int N>
-  PYEXT_DEVICE void add(float (&s)[M][N][4], float (&factor)[M][2]) {
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float high = highest[i][half];
-#pragma unroll
-        for (int j = 0; j < N; ++j) high = fmaxf(high, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
-        const float base = high == -INFINITY ? 0.0f : high;  // a row that has seen nothing yet
-        factor[i][half] = ptx::exp2_approx(highest[i][half] - base);
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e)
-            s[i][j][e] = ptx::exp2_approx(s[i][j][e] - base), sum += s[i][j][e];
-        }
-        total[i][half] = total[i][half] * factor[i][half] + sum, highest[i][half] = high;
-      }
-    }
-  }
-
-  // Sums over the four lanes of a row.
-  PYEXT_DEVICE void finish() {
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& sum = total[i][half];
-        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
-      }
-    }
-  }
-};
-
 template <int width_, int M_, int warps_, int columns_>
 struct ForwardTile {
   static constexpr int width = width_, M = M_, warps = warps_, columns = columns_, threads = 32 * warps,
@@ -131,7 +82,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   if (biased) ahead.store(strip + begin % 2 * Tile::strip);
 
   const int row = threadIdx.x / 32 * 16 * M + lane_row();
-  OnlineSoftmax<M> softmax;
+  OnlineSoftmax<M> softmax(1);
   float out[M][width / 8][4] = {}, factor[M][2];
   for (int tile = begin; tile < end; ++tile) {
     relative.read(tile + 1);
@@ -146,14 +97,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
                                 range.covers(tile * columns, tile * columns + columns));
     softmax.add(s, factor);
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-#pragma unroll
-      for (int j = 0; j < width / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[i][j][e] *= factor[i][e / 2];
-      }
-    }
+    scale_rows(out, factor);
     uint32_t weights[M][N / 2][4];
     as_left<T>(weights, s);
     ptx::cp_async_wait<1>();
@@ -163,19 +107,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   }
   ptx::cp_async_wait<0>();
 
-  softmax.finish();
-#pragma unroll
-  for (int i = 0; i < M; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float total = softmax.total[i][half];
-      factor[i][half] = total > 0 ? 1 / total : 0;
-      const int64_t at = first + row + 16 * i + 8 * half;
-      if (threadIdx.x % 4 == 0 && at < p.q_len)
-        p.lse[pair * p.q_len + at] =
-            total > 0 ? kLn2 * double(softmax.highest[i][half] + log2f(total)) : -double(INFINITY);
-    }
-  }
+  softmax.finish(factor, p.lse + pair * p.q_len, first + row, p.q_len);
   T* result = static_cast<T*>(p.out.data) + batch * p.out.batch + head * p.out.head;
   store_rows(result, p.out.row, int64_t(first) + row - lane_row(), p.q_len, p.value_dim, out, factor);
 }

@@ -13,9 +13,10 @@ constexpr int64_t kStrips = 512;
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct AttentionWorkspace {
-  // (diag_heads, strip_length): entry u is the bias of distance u - (k_len - 1), times log2(e). Null without bias.
+  // (diag_heads, strip_pitch): entry strip_margin + u is the bias of distance u - (k_len - 1), times log2(e), for u in
+  // [0, strip_length), and 0 for others. Null without bias.
   float* strips = nullptr;
-  int64_t strip_length = 0;
+  int64_t strip_length = 0, strip_margin = 0, strip_pitch = 0;
 
   // Backward only. Of every query, (batch, heads, q_len): the gradient of its scores is P (dP - delta); its LSE in
   // units of log2, 0 where it sees nothing.
@@ -28,9 +29,14 @@ struct AttentionWorkspace {
 
   int64_t bytes = 0;
 
-  // A null base measures. `query_blocks`: of the kernel that computes the gradients of strips.
+  // With a margin only: counts the items of work that blocks have taken, see attention_sm90.cu.
+  int* next_item = nullptr;
+
+  // A null base measures. `query_blocks`: of the kernel that computes the gradients of strips. With a margin, strips
+  // begin at multiples of 16 bytes and may be read beyond their ends by that much.
   AttentionWorkspace(const AttentionProblem& p, void* base, bool backward, int64_t ranges_per_batch = 0,
-                     int64_t query_blocks = 0) {
+                     int64_t query_blocks = 0, int64_t margin = 0)
+      : strip_margin(margin) {
     auto take = [&](auto*& piece, int64_t count) {
       using Element = std::remove_reference_t<decltype(*piece)>;
       piece = base ? reinterpret_cast<Element*>(static_cast<char*>(base) + bytes) : nullptr;
@@ -38,8 +44,10 @@ struct AttentionWorkspace {
     };
     if (p.diag) {
       strip_length = max_of(p.q_len + p.k_len - 1, 0);
-      take(strips, p.diag_heads * strip_length);
+      strip_pitch = margin ? ceil_div(strip_length + 2 * margin, 4) * 4 : strip_length;
+      take(strips, p.diag_heads * strip_pitch);
     }
+    if (margin) take(next_item, 1);
     if (!backward) return;
     take(delta, p.batch * p.heads * p.q_len), take(lse, p.batch * p.heads * p.q_len);
     take(ranges, p.batch * ranges_per_batch);
@@ -49,27 +57,30 @@ struct AttentionWorkspace {
   }
 };
 
-// strips[h, u] = diag[h, index[u]] log2(e). A row outside of the table, which nobody can report here, becomes NaN.
-__global__ void __launch_bounds__(256) attention_strips_expand(const float* diag, int64_t rows, const int32_t* index,
-                                                               float* strips, int64_t length, int64_t heads) {
-  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x;
-  if (u >= length) return;
-  const int64_t row = index ? index[u] : u;
+// strips[h, margin + u] = diag[h, index[u]] log2(e). A row outside of the table, which nobody can report here, becomes
+// NaN.
+__global__ void __launch_bounds__(256)
+    attention_strips_expand(const float* diag, int64_t rows, const int32_t* index, float* strips, int64_t length,
+                            int64_t margin, int64_t pitch, int64_t heads) {
+  const int64_t at = blockIdx.x * int64_t(256) + threadIdx.x, u = at - margin;
+  if (at >= pitch) return;
+  const bool inside = 0 <= u && u < length;
+  const int64_t row = inside && index ? index[u] : u;
   const bool exists = 0 <= row && row < rows;
   for (int64_t head = blockIdx.y; head < heads; head += gridDim.y)
-    strips[head * length + u] = exists ? diag[head * rows + row] * kLog2e : NAN;
+    strips[head * pitch + at] = !inside ? 0.0f : exists ? diag[head * rows + row] * kLog2e : NAN;
 }
 
-// A thread per distance, and along y heads, of which the kernels take the rest in steps of the grid.
-inline dim3 strips_grid(const AttentionProblem& p, const AttentionWorkspace& w) {
-  return dim3(unsigned(ceil_div(w.strip_length, 256)), grid_yz(p.diag_heads));
+// A thread per entry, and along y heads, of which the kernels take the rest in steps of the grid.
+inline dim3 strips_grid(const AttentionProblem& p, int64_t entries) {
+  return dim3(unsigned(ceil_div(entries, 256)), grid_yz(p.diag_heads));
 }
 
 inline int expand_strips(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
-  if (p.diag_heads * w.strip_length == 0) return cudaSuccess;
-  return ptx::launch(attention_strips_expand, strips_grid(p, w), dim3(256), 0, stream,
+  if (p.diag_heads * w.strip_pitch == 0) return cudaSuccess;
+  return ptx::launch(attention_strips_expand, strips_grid(p, w.strip_pitch), dim3(256), 0, stream,
                      static_cast<const float*>(p.diag), p.diag_rows, p.diag_index, w.strips, w.strip_length,
-                     p.diag_heads);
+                     w.strip_margin, w.strip_pitch, p.diag_heads);
 }
 
 // sums[h, u] = the sum of slots[b, i, s, u] over b, s and the heads i that share strip h, in this order.
@@ -107,7 +118,7 @@ inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cu
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
   if (p.diag_heads * w.strip_length > 0) {
     const int error =
-        ptx::launch(attention_strips_sum, strips_grid(p, w), dim3(256), 0, stream, w.slots, p.batch, p.heads,
+        ptx::launch(attention_strips_sum, strips_grid(p, w.strip_length), dim3(256), 0, stream, w.slots, p.batch, p.heads,
                     w.slot_count, w.strip_length, p.diag_heads, p.diag_index ? w.strip_gradients : gradient);
     if (error) return error;
   }

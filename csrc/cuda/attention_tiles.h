@@ -1,5 +1,5 @@
-// What the attention kernels for sm_80 share: tiles in shared memory and their products by mma.sync, which keys a query
-// sees, and strips of biases.
+// What the attention kernels share: tiles in shared memory and their products by mma.sync, which keys a query sees,
+// strips of biases, and the softmax.
 //
 // With g = lane / 4 and t = lane % 4 a lane holds, of an accumulator of M x N blocks of 16 x 8, sum[a][b][e]:
 // row 16 a + g + 8 (e / 2), column 8 b + 2 t + e % 2.
@@ -99,6 +99,29 @@ PYEXT_DEVICE void multiply(float (&sum)[M][width / 8][4], const uint32_t (&left)
   }
 }
 
+template <int M, int N>
+PYEXT_DEVICE void scale_rows(float (&sum)[M][N][4], float factor) {
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][j][e] *= factor;
+    }
+  }
+}
+template <int M, int N>
+PYEXT_DEVICE void scale_rows(float (&sum)[M][N][4], const float (&factor)[M][2]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][j][e] *= factor[i][e / 2];
+    }
+  }
+}
+
 // Stores factor * sum: rows [first, count) of the 16 M that a warp holds, columns below `columns`, two at a time.
 template <class T, int M, int N>
 PYEXT_DEVICE void store_rows(T* matrix, int64_t row_stride, int64_t first, int64_t count, int64_t columns,
@@ -153,6 +176,14 @@ struct Range {
     begin = min(begin, r.begin), end = max(end, r.end);
     all_begin = max(all_begin, r.all_begin), all_end = min(all_end, r.all_end);
   }
+  // Joins those of all lanes.
+  PYEXT_DEVICE void join_warp() {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      join({__shfl_xor_sync(~0u, begin, step), __shfl_xor_sync(~0u, end, step), __shfl_xor_sync(~0u, all_begin, step),
+            __shfl_xor_sync(~0u, all_end, step)});
+    }
+  }
   PYEXT_DEVICE bool meets(int from, int to) const { return begin < to && from < end; }
   PYEXT_DEVICE bool covers(int from, int to) const { return all_begin <= from && to <= all_end; }
 };
@@ -173,11 +204,7 @@ PYEXT_DEVICE Range find_visible(const AttentionProblem& p, int64_t batch, int64_
     const Interval interval = visible(p, batch, first + threadIdx.x);
     seen.of[threadIdx.x] = interval, range = Range::of(interval);
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    range.join({__shfl_xor_sync(~0u, range.begin, step), __shfl_xor_sync(~0u, range.end, step),
-                __shfl_xor_sync(~0u, range.all_begin, step), __shfl_xor_sync(~0u, range.all_end, step)});
-  }
+  range.join_warp();
   if (threadIdx.x % 32 == 0) seen.of_warp[threadIdx.x / 32] = range;
   __syncthreads();
   range = seen.of_warp[0];
@@ -216,39 +243,109 @@ struct StripAhead {
   }
 };
 
-// Scores in units of log2, -inf where a query does not see a key. `strip` starts with the tile's last query; `seen` is
-// what each query sees.
-template <class Tile, bool biased>
-PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, const float* strip, const Interval* seen,
-                                int first_key, bool all) {
-  const int row = threadIdx.x / 32 * 16 * Tile::M + lane_row();
+// s = scale s + bias. `strip` starts with the tile's last query.
+template <int rows, int M, int N>
+PYEXT_DEVICE void add_strip(float (&s)[M][N][4], float scale, const float* strip) {
+  const int row = threadIdx.x / 32 * 16 * M + lane_row();
   // Eight rows further down and eight columns further right is the same distance: the same load.
 #pragma unroll
-  for (int i = 0; i < Tile::M; ++i) {
+  for (int i = 0; i < M; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile::N; ++j) {
+    for (int j = 0; j < N; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int distance = 8 * j + lane_column() + e % 2 - (row + 16 * i + e / 2 * 8);
-        s[i][j][e] = biased ? fmaf(s[i][j][e], scale, strip[distance + Tile::rows - 1]) : s[i][j][e] * scale;
-      }
-    }
-  }
-  if (all) return;
-#pragma unroll
-  for (int i = 0; i < Tile::M; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Interval keys = seen[row + 16 * i + 8 * half];
-#pragma unroll
-      for (int j = 0; j < Tile::N; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (!keys.holds(first_key + 8 * j + lane_column() + e)) s[i][j][2 * half + e] = -INFINITY;
+        s[i][j][e] = fmaf(s[i][j][e], scale, strip[distance + rows - 1]);
       }
     }
   }
 }
+
+// -inf where the query of a lane's first (half = 0) or second row of a block does not see a key.
+template <int N>
+PYEXT_DEVICE void hide_unseen(float (&s)[N][4], int half, Interval keys, int first_key) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (!keys.holds(first_key + 8 * j + lane_column() + e)) s[j][2 * half + e] = -INFINITY;
+  }
+}
+
+// Scores in units of log2, -inf where a query does not see a key. `seen` is what each query sees.
+template <class Tile, bool biased>
+PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, const float* strip, const Interval* seen,
+                                int first_key, bool all) {
+  if constexpr (biased)
+    add_strip<Tile::rows>(s, scale, strip);
+  else
+    scale_rows(s, scale);
+  if (all) return;
+  const int row = threadIdx.x / 32 * 16 * Tile::M + lane_row();
+#pragma unroll
+  for (int i = 0; i < Tile::M; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) hide_unseen(s[i], half, seen[row + 16 * i + 8 * half], first_key);
+  }
+}
+
+// --- Softmax ---
+
+// Of 16 M rows so far: exact sums of what one lane holds, relative to the row's highest score. Scores times `scale`,
+// which is positive, are in units of log2.
+template <int M>
+struct OnlineSoftmax {
+  const float scale;
+  float highest[M][2], total[M][2];
+
+  PYEXT_DEVICE explicit OnlineSoftmax(float scale) : scale(scale) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) highest[i][0] = highest[i][1] = -INFINITY, total[i][0] = total[i][1] = 0;
+  }
+
+  // Scores become weights; `factor` is what earlier weights must be multiplied by.
+  template <int N>
+  PYEXT_DEVICE void add(float (&s)[M][N][4], float (&factor)[M][2]) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float high = highest[i][half];
+#pragma unroll
+        for (int j = 0; j < N; ++j) high = fmaxf(high, fmaxf(s[i][j][2 * half], s[i][j][2 * half + 1]));
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
+        const float base = high == -INFINITY ? 0.0f : scale * high;  // a row that has seen nothing yet
+        factor[i][half] = ptx::exp2_approx(fmaf(highest[i][half], scale, -base));
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e)
+            s[i][j][e] = ptx::exp2_approx(fmaf(s[i][j][e], scale, -base)), sum += s[i][j][e];
+        }
+        total[i][half] = total[i][half] * factor[i][half] + sum, highest[i][half] = high;
+      }
+    }
+  }
+
+  // Sums over the four lanes of a row. `factor` becomes what the weighted sums must be multiplied by; the LSE of the
+  // rows [first, count), of which `first` is the lane's first one, goes to `lse`.
+  PYEXT_DEVICE void finish(float (&factor)[M][2], double* lse, int64_t first, int64_t count) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& sum = total[i][half];
+        sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+        factor[i][half] = sum > 0 ? 1 / sum : 0;
+        const int64_t row = first + 16 * i + 8 * half;
+        if (threadIdx.x % 4 == 0 && row < count)
+          lse[row] = sum > 0 ? kLn2 * double(scale * highest[i][half] + log2f(sum)) : -double(INFINITY);
+      }
+    }
+  }
+};
 
 // Whether rows can be copied 16 bytes at a time, and the problem has nothing but what these kernels know.
 template <class... Tensors>

@@ -56,6 +56,17 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 #endif
 }
 
+// Of the current device. Kernels that stay take this many blocks.
+inline int multiprocessors() {
+  int count = 2;
+#ifdef __CUDACC__
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+#endif
+  return count;
+}
+
 // --- Conversions ---
 
 PYEXT_DEVICE float to_float(float x) { return x; }

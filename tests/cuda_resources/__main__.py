@@ -19,18 +19,17 @@ def main() -> int:
     start = time.perf_counter()
     most: dict[str, dict[str, int]] = {}
     wrong = []
-    for source in compiled.SOURCES:
-        for architecture in compiled.ARCHITECTURES:
-            found = compiled.kernels(source, architecture)
-            size = compiled.OUT.joinpath(f"{source.stem}.{architecture}.cubin").stat().st_size
-            print(f"{source.name:<12} {architecture:<7} {len(found):>3} kernels, {size / 1024:5.0f} KiB")
-            for kernel in found:
-                row = compiled.row_of(kernel)
-                if row is not None:
-                    registers = most.setdefault(row.pattern, dict.fromkeys(compiled.ARCHITECTURES, 0))
-                    registers[architecture] = max(registers[architecture], kernel.registers)
-            if "--write" not in sys.argv[1:]:
-                wrong += [f"{architecture} {line}" for line in compiled.complaints(source, architecture)]
+    for source, architecture in compiled.BUILDS:
+        found = compiled.kernels(source, architecture)
+        size = compiled.OUT.joinpath(f"{source.stem}.{architecture}.cubin").stat().st_size
+        print(f"{source.name:<12} {architecture:<7} {len(found):>3} kernels, {size / 1024:5.0f} KiB")
+        for kernel in found:
+            row = compiled.row_of(kernel)
+            if row is not None:
+                registers = most.setdefault(row.pattern, dict.fromkeys(compiled.ARCHITECTURES, 0))
+                registers[architecture] = max(registers[architecture], kernel.registers)
+        if "--write" not in sys.argv[1:]:
+            wrong += [f"{architecture} {line}" for line in compiled.complaints(source, architecture)]
     print(f"\n{'registers, at most':<28}" + "".join(f"{name:>8}" for name in compiled.ARCHITECTURES))
     for pattern, registers in most.items():
         print(f"{pattern:<28}" + "".join(f"{count:>8}" for count in registers.values()))

@@ -25,6 +25,8 @@ from .runtime import Machine, machine
 Tensor = torch.Tensor
 STEMS = ("rotary", "glu", "moe_route", "moe_dispatch", "attention_sm80", "attention_sm80_backward")
 SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in STEMS}
+#: In place of attention_sm80, for what csrc/cuda/attention_sm90.cu takes.
+HOPPER = {"attention_sm90": Kernel("csrc/cuda/attention_sm90.cu")}
 
 
 @contextlib.contextmanager
@@ -35,7 +37,9 @@ def instead_of_cpu(sources: dict[str, Kernel] = SOURCES, **run) -> Iterator[None
     try:
         for name, (stem, *operator) in OPERATORS.items():
             if stem in sources:
-                library.impl(name, _operator(*operator, f"pyext_cuda_{name}", sources[stem], run), "CPU")
+                library.impl(
+                    name.removesuffix("_sm90"), _operator(*operator, f"pyext_cuda_{name}", sources[stem], run), "CPU"
+                )
         yield
     finally:
         library._destroy()
@@ -192,5 +196,6 @@ OPERATORS = {
     "moe_combine_forward": ("moe_dispatch", "ys", moe_ops.combine_forward),
     "moe_combine_backward": ("moe_dispatch", "ys", moe_ops.combine_backward),
     "attention_forward": ("attention_sm80", "query", attention_ops.forward),
+    "attention_forward_sm90": ("attention_sm90", "query", attention_ops.forward),
     "attention_backward": ("attention_sm80_backward", "query", attention_ops.backward),
 }

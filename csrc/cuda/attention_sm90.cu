@@ -1,0 +1,471 @@
+// Attention forward for sm_90a (Hopper): K and V come by TMA, products are wgmma, and warps have roles.
+//
+// A block stays on its multiprocessor and takes items of work, `rows` queries of one head each, the longest first. One
+// warp produces: it takes the item, finds which keys it needs, and keeps rings of tiles of K, of V and of strips of
+// biases filled. Consumers are warpgroups of 64 queries each. For a tile of keys they issue S = Q K^T and, behind it,
+// O += P V of the tile before; while the latter runs they make weights of S. Warpgroups issue in turn, so that one's
+// softmax runs beside another's products.
+//
+// Tiles go from the last to the first: under a causal mask, those that must ask who sees what come first.
+// Source: Shah et al., "FlashAttention-3" (2024), algorithm 2.
+#include "attention_tiles.h"
+
+namespace pyext {
+namespace {
+
+constexpr int kPanel = 64;  // features side by side in shared memory: 128 bytes, the span of the swizzle
+constexpr int kPanelBytes = 128;
+constexpr int kAtomBytes = 1024;  // eight rows of a panel
+constexpr int kStages = 2;
+constexpr int kMargin = 256;  // of strips: more than a tile's rows or columns and the three that alignment may add
+// Keys and values of heads at work at the same time should stay in the L2 cache.
+constexpr int64_t kCacheBytes = 32 << 20;
+
+// --- Order of work ---
+
+// Items are blocks of queries of (batch, head) pairs. Groups of pairs, whose keys and values fit into the cache, come
+// one after the other; in a group the last queries of all pairs come first: under a causal mask they have most to do.
+struct Order {
+  int blocks, pairs, group;
+
+  Order(const AttentionProblem& p, int rows)
+      : blocks(int(ceil_div(p.q_len, rows))), pairs(int(p.batch * p.heads)), group(pairs) {
+    const int64_t bytes = 2 * p.k_len * (p.head_dim + p.value_dim), sharing = p.heads / p.kv_heads;
+    group = int(max_of(1, min_of(pairs, kCacheBytes / bytes * sharing)));
+  }
+  __host__ __device__ int items() const { return blocks * pairs; }
+
+  struct Item {
+    int pair, first;
+  };
+  PYEXT_DEVICE Item at(int item, int rows) const {
+    const int begin = item / (group * blocks) * group, size = min(group, pairs - begin), place = item - begin * blocks;
+    return {begin + place % size, (blocks - 1 - place / size) * rows};
+  }
+};
+
+// --- Shared memory ---
+
+// Stages that the producer fills and the consumers read. Both count the tiles they have had.
+template <int stages>
+struct Ring {
+  uint64_t *full, *empty;
+
+  PYEXT_DEVICE void initialise(int consuming_warps) const {
+#pragma unroll
+    for (int i = 0; i < stages; ++i) {
+      ptx::mbarrier_init(full + i, 1);
+      ptx::mbarrier_init(empty + i, consuming_warps);
+    }
+  }
+  PYEXT_DEVICE uint64_t* barrier(unsigned tile) const { return full + tile % stages; }
+  PYEXT_DEVICE void wait_full(unsigned tile) const { ptx::mbarrier_wait(full + tile % stages, tile / stages & 1); }
+  // At first the stages are empty: the phase before the first one counts as complete.
+  PYEXT_DEVICE void wait_empty(unsigned tile) const {
+    ptx::mbarrier_wait(empty + tile % stages, (tile / stages & 1) ^ 1);
+  }
+  // By all lanes of a warp that are done with it.
+  PYEXT_DEVICE void release(unsigned tile) const {
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + tile % stages);
+  }
+};
+
+// What the producer tells the consumers of an item: which it is, and what its queries see. No more items: pair < 0.
+template <int columns>
+struct Work {
+  int pair, first;
+  Range seen;
+
+  // Tiles of keys.
+  PYEXT_DEVICE int begin() const { return seen.begin / columns; }
+  PYEXT_DEVICE int end() const { return seen.end ? (seen.end - 1) / columns + 1 : begin(); }
+};
+
+// Rows of queries and keys, panels one after the other. columns: keys in a tile.
+template <int width_, int consumers_, int columns_, bool queries_in_registers_>
+struct HopperTile {
+  static constexpr int width = width_, consumers = consumers_, columns = columns_;
+  static constexpr bool queries_in_registers = queries_in_registers_;
+  static constexpr int rows = 64 * consumers, threads = 128 * (consumers + 1);
+  static constexpr int panels = (width + kPanel - 1) / kPanel, strip = rows + columns + 4;
+  static constexpr int producer_registers = 40, consumer_registers = 232;
+  static constexpr int query_bytes = rows * panels * kPanelBytes, key_bytes = columns * panels * kPanelBytes;
+  static constexpr int strip_at = query_bytes + 2 * kStages * key_bytes;
+  static constexpr int work_at = strip_at + kStages * strip * int(sizeof(float));
+  static constexpr int barriers = 2 + 3 * 2 * kStages;
+  static constexpr int shared_bytes = work_at + 32 + barriers * int(sizeof(uint64_t));
+  static_assert(rows <= kMargin && columns + 4 <= kMargin, "strips are read within their margins");
+};
+
+template <class T, class Tile>
+struct Shared {
+  char* data;
+
+  PYEXT_DEVICE T* queries() const { return reinterpret_cast<T*>(data); }
+  PYEXT_DEVICE T* keys(unsigned tile) const { return stage(tile % kStages); }
+  PYEXT_DEVICE T* values(unsigned tile) const { return stage(kStages + tile % kStages); }
+  PYEXT_DEVICE float* strip(unsigned tile) const {
+    return reinterpret_cast<float*>(data + Tile::strip_at) + tile % kStages * Tile::strip;
+  }
+  PYEXT_DEVICE auto* work() const { return reinterpret_cast<Work<Tile::columns>*>(data + Tile::work_at); }
+  PYEXT_DEVICE Ring<1> items() const { return {barriers(), barriers() + 1}; }
+  PYEXT_DEVICE Ring<kStages> key_ring() const { return ring(0); }
+  PYEXT_DEVICE Ring<kStages> value_ring() const { return ring(1); }
+  PYEXT_DEVICE Ring<kStages> strip_ring() const { return ring(2); }
+
+  PYEXT_DEVICE void initialise() const {
+    if (threadIdx.x == 0) {
+      constexpr int warps = 4 * Tile::consumers;
+      items().initialise(warps);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) ring(i).initialise(warps);
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+  }
+
+ private:
+  PYEXT_DEVICE T* stage(int i) const { return reinterpret_cast<T*>(data + Tile::query_bytes + i * Tile::key_bytes); }
+  PYEXT_DEVICE uint64_t* barriers() const { return reinterpret_cast<uint64_t*>(data + Tile::work_at + 32); }
+  PYEXT_DEVICE Ring<kStages> ring(int i) const {
+    uint64_t* const first = barriers() + 2 + i * 2 * kStages;
+    return {first, first + kStages};
+  }
+};
+
+// --- The producer ---
+
+struct Sources {
+  ptx::TensorMap query, key, value;
+};
+
+// All panels of `rows` rows from `row` on.
+template <class Tile, class T>
+PYEXT_DEVICE void load_panels(T* shared, const ptx::TensorMap& map, uint64_t* barrier, int rows, int row, int head,
+                              int batch) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::panels; ++panel) {
+    const int corner[4] = {panel * kPanel, row, head, batch};
+    ptx::tma_load(shared + panel * rows * kPanel, &map, barrier, corner);
+  }
+}
+
+// By a warp: what the queries of an item see.
+template <int rows>
+PYEXT_DEVICE Range find_visible(const AttentionProblem& p, const Order::Item& item) {
+  Range range = Range::of_nobody();
+#pragma unroll 1
+  for (int row = threadIdx.x % 32; row < rows; row += 32)
+    range.join(Range::of(visible(p, item.pair / int(p.heads), int64_t(item.first) + row)));
+  range.join_warp();
+  return range;
+}
+
+template <class T, class Tile, bool biased>
+PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const Order& order, const float* strips,
+                          int64_t pitch, int* next_item, const Shared<T, Tile>& shared) {
+  constexpr int columns = Tile::columns;
+  const bool leads = threadIdx.x % 32 == 0;
+  unsigned count = 0;  // of tiles, whatever the item
+  int item = blockIdx.x;
+  for (unsigned n = 0;; ++n) {
+    const bool last = item >= order.items();
+    Work<columns> work{-1, 0, Range::of_nobody()};
+    if (!last) {
+      const Order::Item at = order.at(item, Tile::rows);
+      work = {at.pair, at.first, find_visible<Tile::rows>(p, at)};
+    }
+    if (leads) {
+      shared.items().wait_empty(n);
+      *shared.work() = work;
+      if (last) ptx::mbarrier_arrive(shared.items().barrier(n));
+    }
+    if (last) return;
+    if (leads) {
+      const int heads = int(p.heads), head = work.pair % heads, batch = work.pair / heads;
+      const int kv_head = head / (heads / int(p.kv_heads)), tiles = work.end() - work.begin();
+      ptx::mbarrier_expect(shared.items().barrier(n), Tile::query_bytes);
+      load_panels<Tile>(shared.queries(), from.query, shared.items().barrier(n), Tile::rows, work.first, head, batch);
+      [[maybe_unused]] const float* strip = nullptr;  // of tile 0
+      if constexpr (biased) {
+        const int64_t start = strip_start(p, int64_t(work.first) + Tile::rows - 1, 0) + kMargin;
+        strip = strips + (p.diag_heads == 1 ? 0 : head * pitch) + start / 4 * 4;
+      }
+      // Values come a tile after their keys, as they are needed.
+#pragma unroll 1
+      for (int i = 0; i <= tiles; ++i) {
+        if (i < tiles) {
+          const int key = (work.end() - 1 - i) * columns;
+          const Ring<kStages> keys = shared.key_ring();
+          keys.wait_empty(count + i);
+          ptx::mbarrier_expect(keys.barrier(count + i), Tile::key_bytes);
+          load_panels<Tile>(shared.keys(count + i), from.key, keys.barrier(count + i), columns, key, kv_head, batch);
+          if constexpr (biased) {
+            const Ring<kStages> ring = shared.strip_ring();
+            ring.wait_empty(count + i);
+            ptx::mbarrier_expect(ring.barrier(count + i), Tile::strip * int(sizeof(float)));
+            ptx::bulk_load(shared.strip(count + i), strip + key, Tile::strip * int(sizeof(float)),
+                           ring.barrier(count + i));
+          }
+        }
+        if (i > 0) {
+          const int key = (work.end() - i) * columns;
+          const Ring<kStages> values = shared.value_ring();
+          values.wait_empty(count + i - 1);
+          ptx::mbarrier_expect(values.barrier(count + i - 1), Tile::key_bytes);
+          load_panels<Tile>(shared.values(count + i - 1), from.value, values.barrier(count + i - 1), columns, key,
+                            kv_head, batch);
+        }
+      }
+      count += unsigned(tiles);
+      item = next_item ? int(gridDim.x) + atomicAdd(next_item, 1) : order.items();
+    }
+    item = __shfl_sync(~0u, item, 0);
+  }
+}
+
+// --- Consumers ---
+
+template <int N>
+PYEXT_DEVICE float (&flat(float (&sum)[1][N][4]))[4 * N] {
+  return reinterpret_cast<float (&)[4 * N]>(sum);
+}
+
+// A warp's fragments of its 16 queries.
+template <class T, class Tile>
+PYEXT_DEVICE void load_queries(uint32_t (&fragments)[Tile::width / 16][4], const T* queries) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < Tile::width / 16; ++i) {
+    const int chunk = i * 2 + lane / 16;  // of 16 bytes
+    ptx::ldmatrix(fragments[i], queries + (chunk / 8 * Tile::rows + row) * kPanel + (chunk % 8 ^ row % 8) * 8);
+  }
+}
+
+template <class T, class Tile, bool biased>
+struct Consumer {
+  static constexpr int width = Tile::width, columns = Tile::columns, N = columns / 8;
+  const AttentionProblem& p;
+  const Shared<T, Tile>& shared;
+  const int group = threadIdx.x / 128;
+  uint32_t queries[Tile::queries_in_registers ? width / 16 : 1][4];
+  float s[1][N][4], out[1][width / 8][4], factor[1][2];
+  uint32_t weights[1][N / 2][4];
+
+  // s = Q K^T, issued.
+  PYEXT_DEVICE void issue_scores(unsigned tile) {
+    const uint64_t keys = ptx::matrix_descriptor(shared.keys(tile), kAtomBytes);
+    [[maybe_unused]] const uint64_t own = ptx::matrix_descriptor(shared.queries() + group * 64 * kPanel, kAtomBytes);
+#pragma unroll
+    for (int i = 0; i < width / 16; ++i) {
+      const int panel = i / 4, step = i % 4 * 2;  // in units of 16 bytes
+      const uint64_t right = keys + uint64_t(panel * columns * kPanelBytes / 16 + step);
+      if constexpr (Tile::queries_in_registers)
+        ptx::wgmma<T>(flat(s), queries[i], right, i > 0);
+      else
+        ptx::wgmma<T>(flat(s), own + uint64_t(panel * Tile::rows * kPanelBytes / 16 + step), right, i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // out += P V, issued.
+  PYEXT_DEVICE void issue_values(unsigned tile) {
+    const uint64_t values = ptx::matrix_descriptor(shared.values(tile), kAtomBytes, columns * kPanelBytes);
+#pragma unroll
+    for (int i = 0; i < columns / 16; ++i)
+      ptx::wgmma<T, true>(flat(out), weights[0][i], values + uint64_t(i * 16 * kPanelBytes / 16), true);
+    ptx::wgmma_commit();
+  }
+
+  // The scores are there: makes weights of them. `keys`: what the queries of the lane's two rows see.
+  PYEXT_DEVICE void finish_scores(OnlineSoftmax<1>& softmax, unsigned count, int tile, const Work<columns>& work,
+                                  const Interval (&keys)[2]) {
+    if constexpr (biased) {
+      const int64_t start = strip_start(p, int64_t(work.first) + Tile::rows - 1, 0) + kMargin;
+      shared.strip_ring().wait_full(count);
+      add_strip<Tile::rows>(s, float(p.scale) * kLog2e, shared.strip(count) + start % 4);
+      __syncwarp();
+      shared.strip_ring().release(count);
+    }
+    if (!work.seen.covers(tile * columns, tile * columns + columns)) {
+      hide_unseen(s[0], 0, keys[0], tile * columns);
+      hide_unseen(s[0], 1, keys[1], tile * columns);
+    }
+    softmax.add(s, factor);
+  }
+
+  // Tiles `end - 1` to `begin`, of which the first is the count-th of this block.
+  PYEXT_DEVICE void attend(OnlineSoftmax<1>& softmax, unsigned count, const Work<columns>& work) {
+    const int row = work.first + threadIdx.x / 32 * 16 + lane_row(), batch = work.pair / int(p.heads);
+    const Interval keys[2] = {visible(p, batch, row), visible(p, batch, int64_t(row) + 8)};
+    const Ring<kStages> key_ring = shared.key_ring(), value_ring = shared.value_ring();
+    int tile = work.end() - 1;
+    key_ring.wait_full(count);
+    ptx::wgmma_fence();
+    issue_scores(count);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(flat(s));
+    key_ring.release(count);
+    finish_scores(softmax, count, tile, work, keys);
+    as_left<T>(weights, s);
+    value_ring.wait_full(count);
+#pragma unroll 1
+    for (--tile; tile >= work.begin(); --tile) {
+      ++count;
+      key_ring.wait_full(count);
+      ptx::bar_sync(1 + group, 256);  // this warpgroup's turn
+      ptx::wgmma_pin(flat(s)), ptx::wgmma_pin(flat(out));
+      ptx::wgmma_fence();
+      issue_scores(count);
+      issue_values(count - 1);
+      ptx::bar_arrive(1 + (group + 1) % Tile::consumers, 256);
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_pin(flat(s));
+      key_ring.release(count);
+      finish_scores(softmax, count, tile, work, keys);
+      ptx::wgmma_pin(flat(s));
+      // This wait is also the end of a block of instructions: without it, the compiler moves the next one, that for the
+      // products, in front of the softmax.
+      value_ring.wait_full(count);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_pin(flat(out));
+      value_ring.release(count - 1);
+      as_left<T>(weights, s);
+      scale_rows(out, factor);
+    }
+    ptx::wgmma_pin(flat(out));
+    ptx::wgmma_fence();
+    issue_values(count);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(flat(out));
+    value_ring.release(count);
+  }
+
+  PYEXT_DEVICE void run() {
+    const Ring<1> items = shared.items();
+    unsigned count = 0;
+    if (group == Tile::consumers - 1) ptx::bar_arrive(1, 256);  // the first warpgroup's turn
+    for (unsigned n = 0;; ++n) {
+      items.wait_full(n);
+      const Work<columns> work = *shared.work();
+      if (work.pair < 0) break;
+      if constexpr (Tile::queries_in_registers) {
+        load_queries<T, Tile>(queries, shared.queries());
+        __syncwarp();
+        items.release(n);
+      }
+      OnlineSoftmax<1> softmax(biased ? 1 : float(p.scale) * kLog2e);
+#pragma unroll
+      for (int j = 0; j < width / 8; ++j) out[0][j][0] = out[0][j][1] = out[0][j][2] = out[0][j][3] = 0;
+      if (work.begin() < work.end()) attend(softmax, count, work);
+      count += unsigned(work.end() - work.begin());
+      if constexpr (!Tile::queries_in_registers) {
+        __syncwarp();
+        items.release(n);
+      }
+      const int row = work.first + threadIdx.x / 32 * 16, head = work.pair % int(p.heads);
+      softmax.finish(factor, p.lse + work.pair * p.q_len, row + lane_row(), p.q_len);
+      T* const result = static_cast<T*>(p.out.data) + work.pair / int(p.heads) * p.out.batch + head * p.out.head;
+      store_rows(result, p.out.row, row, p.q_len, p.value_dim, out, factor);
+    }
+  }
+};
+
+template <class T, class Tile, bool biased>
+__global__ void __launch_bounds__(Tile::threads, 1)
+    attention_forward_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ Sources from,
+                           const __grid_constant__ Order order, const float* strips, int64_t pitch, int* next_item) {
+  PYEXT_SHARED(char, data);
+  const Shared<T, Tile> shared{data};
+  shared.initialise();
+  if (threadIdx.x >= 128 * Tile::consumers) {
+    ptx::setmaxnreg_dec<Tile::producer_registers>();
+    if (threadIdx.x < 128 * Tile::consumers + 32)
+      produce<T, Tile, biased>(p, from, order, strips, pitch, next_item, shared);
+  } else {
+    ptx::setmaxnreg_inc<Tile::consumer_registers>();
+    Consumer<T, Tile, biased>{p, shared}.run();
+  }
+}
+
+__global__ void attention_first_item(int* next_item) { *next_item = 0; }
+
+// --- Launch ---
+
+// What TMA can walk: sizes and strides as its maps want them. Zero strides, of broadcast tensors, it may not take.
+inline bool fits_map(const Input& t, int64_t batch, int64_t heads, int64_t length) {
+  const auto fits = [](int64_t stride, int64_t size) { return size == 1 || (0 < stride && stride < int64_t(1) << 39); };
+  return fits(t.batch, batch) && fits(t.head, heads) && fits(t.row, length);
+}
+
+// Rows in swizzled boxes of one panel's width.
+template <class T>
+cudaError_t map_rows(ptx::TensorMap* map, const Input& t, const AttentionProblem& p, int64_t heads, int64_t length,
+                     int64_t features, int box_rows) {
+  // A dimension of size 1 needs some stride.
+  const auto bytes = [](int64_t stride, int64_t size) { return size == 1 ? int64_t(16) : 2 * stride; };
+  const int64_t size[4] = {features, length, heads, p.batch};
+  const int64_t strides[3] = {bytes(t.row, length), bytes(t.head, heads), bytes(t.batch, p.batch)};
+  const int box[4] = {kPanel, box_rows, 1, 1};
+  return ptx::encode_tensor_map<T>(map, t.data, size, strides, box, kPanelBytes);
+}
+
+template <class T, class Tile, bool biased>
+int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  if (ceil_div(p.q_len, Tile::rows) * p.heads * p.batch > INT32_MAX / 2) return cudaErrorInvalidValue;
+  Sources from;
+  cudaError_t error = map_rows<T>(&from.query, p.query, p, p.heads, p.q_len, p.head_dim, Tile::rows);
+  if (!error) error = map_rows<T>(&from.key, p.key, p, p.kv_heads, p.k_len, p.head_dim, Tile::columns);
+  if (!error) error = map_rows<T>(&from.value, p.value, p, p.kv_heads, p.k_len, p.value_dim, Tile::columns);
+  const Order order(p, Tile::rows);
+  const int blocks = int(min_of(order.items(), ptx::multiprocessors()));
+  const bool goes_on = blocks < order.items();
+  if (!error && goes_on) error = ptx::launch(attention_first_item, dim3(1), dim3(1), 0, stream, w.next_item);
+  if (error) return error;
+  return ptx::launch(attention_forward_sm90<T, Tile, biased>, dim3(unsigned(blocks)), dim3(Tile::threads),
+                     Tile::shared_bytes, stream, p, from, order, w.strips, w.strip_pitch,
+                     goes_on ? w.next_item : nullptr);
+}
+
+template <class T, class Tile>
+int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  return p.diag ? launch_forward<T, Tile, true>(p, w, stream) : launch_forward<T, Tile, false>(p, w, stream);
+}
+
+// Queries in registers spare shared memory the traffic; at 256 features sums leave no room for them.
+template <class T>
+int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+  const int64_t width = max_of(p.head_dim, p.value_dim);
+  if (width <= 64) return with_bias<T, HopperTile<64, 2, 128, true>>(p, w, stream);
+  if (width <= 96) return with_bias<T, HopperTile<96, 2, 128, true>>(p, w, stream);
+  if (width <= 128) return with_bias<T, HopperTile<128, 2, 128, true>>(p, w, stream);
+  return with_bias<T, HopperTile<256, 2, 64, false>>(p, w, stream);
+}
+
+}  // namespace
+}  // namespace pyext
+
+extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem& p) {
+  using namespace pyext;
+  const bool takes = fits_tiles(p, p.query, p.key, p.value) && fits_map(p.query, p.batch, p.heads, p.q_len) &&
+                     fits_map(p.key, p.batch, p.kv_heads, p.k_len) && fits_map(p.value, p.batch, p.kv_heads, p.k_len) &&
+                     p.k_len > 0 && max_of(p.head_dim, p.value_dim) <= 256 && float(p.scale) * kLog2e > 0;
+  return takes ? AttentionWorkspace(p, nullptr, false, 0, 0, kMargin).bytes : -1;
+}
+
+extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem& p, void* stream) {
+  using namespace pyext;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (pyext_cuda_attention_forward_sm90_workspace(p) < 0) return cudaErrorInvalidValue;
+  if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
+  const AttentionWorkspace w(p, p.workspace, false, 0, 0, kMargin);
+  if (const int error = expand_strips(p, w, s)) return error;
+  switch (p.dtype) {
+    case DType::bf16:
+      return with_width<bf16>(p, w, s);
+    case DType::f16:
+      return with_width<f16>(p, w, s);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}

@@ -88,7 +88,7 @@ struct HopperTile {
   static constexpr bool queries_in_registers = queries_in_registers_;
   static constexpr int rows = 64 * consumers, threads = 128 * (consumers + 1);
   static constexpr int panels = (width + kPanel - 1) / kPanel, strip = rows + columns + 4;
-  static constexpr int producer_registers = 40, consumer_registers = 232;
+  static constexpr int producer_registers = consumers == 2 ? 40 : 32, consumer_registers = consumers == 2 ? 232 : 160;
   static constexpr int query_bytes = rows * panels * kPanelBytes, key_bytes = columns * panels * kPanelBytes;
   static constexpr int strip_at = query_bytes + 2 * kStages * key_bytes;
   static constexpr int work_at = strip_at + kStages * strip * int(sizeof(float));
@@ -432,14 +432,18 @@ int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream
   return p.diag ? launch_forward<T, Tile, true>(p, w, stream) : launch_forward<T, Tile, false>(p, w, stream);
 }
 
-// Queries in registers spare shared memory the traffic; at 256 features sums leave no room for them.
+// Queries in registers spare shared memory the traffic, where the sums leave room for them. At 64 features exponentials
+// take as long as products: with three warpgroups, each has the time of two others' products for its own. Where every
+// query sees all keys, larger tiles pay; under a mask, more of a larger tile is in vain.
 template <class T>
 int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
-  if (width <= 64) return with_bias<T, HopperTile<64, 2, 128, true>>(p, w, stream);
+  const bool all_visible = !p.intervals && p.left >= p.k_len - 1 && p.right >= p.q_len - 1;
+  if (width <= 64) return with_bias<T, HopperTile<64, 3, 128, false>>(p, w, stream);
   if (width <= 96) return with_bias<T, HopperTile<96, 2, 128, true>>(p, w, stream);
+  if (width <= 128 && all_visible) return with_bias<T, HopperTile<128, 2, 176, false>>(p, w, stream);
   if (width <= 128) return with_bias<T, HopperTile<128, 2, 128, true>>(p, w, stream);
-  return with_bias<T, HopperTile<256, 2, 64, false>>(p, w, stream);
+  return with_bias<T, HopperTile<256, 2, 80, false>>(p, w, stream);
 }
 
 }  // namespace

@@ -1,0 +1,27 @@
+"""Calls that look for defects of csrc/cuda/attention_sm90.cu: all those of sm_80, and each of its tiles past its corners."""
+
+from __future__ import annotations
+
+from support.cases import Case, case
+from support.parts import Shape, alibi, causal, diagonal, documents, padding, prefix, t5, window
+
+from . import attention_probes
+
+PROBES: dict[str, Case] = {
+    **attention_probes.PROBES,
+    "three warpgroups": case(Shape(1, 2, 1, 400, 290, 64, 64), causal()),
+    "wide, all visible": case(Shape(1, 2, 1, 140, 400, 128, 128)),
+    "wide, all visible, biased": case(Shape(1, 2, 2, 150, 380, 128, 120), t5(buckets=8, max_distance=60)),
+    "wide, causal": case(Shape(1, 2, 2, 270, 310, 128, 128), causal()),
+    "wide, window, biased": case(Shape(1, 2, 1, 200, 290, 104, 128), window(130, 7), diagonal()),
+    "wide, documents": case(Shape(2, 1, 1, 260, 260, 128, 128), documents(batched=True), causal()),
+    "one and a half panels": case(Shape(1, 2, 1, 130, 270, 96, 80), causal()),
+    "one and a half panels, biased": case(Shape(1, 1, 1, 150, 300, 88, 96), alibi()),
+    "four panels": case(Shape(1, 1, 1, 130, 250, 256, 192), causal()),
+    "four panels, biased": case(Shape(1, 2, 1, 70, 170, 160, 256), diagonal()),
+    "prefix": case(Shape(3, 2, 2, 130, 130, 64, 64), prefix()),
+    "nobody sees": case(Shape(2, 1, 1, 200, 150, 64, 64), padding(), window(3, 0)),
+    "scale": case(Shape(1, 1, 1, 100, 300, 64, 64), causal(), scale=0.7, q_scale=4.0),
+    "one projection's output": case(Shape(2, 2, 2, 150, 150, 64, 64), causal(), layout="packed_qkv"),
+    "more queries than keys": case(Shape(1, 1, 1, 500, 40, 128, 64), causal()),
+}

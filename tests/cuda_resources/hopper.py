@@ -170,11 +170,18 @@ def main() -> None:
     names = ("tensor", "mufu", "issue", "fma", "alu", "shared", "L2")
     print("Cycles of a multiprocessor per tile of scores; TF/s at most, and predicted. Nothing here is measured.\n")
     print("| width | rows x keys | bias | shared KiB | " + " | ".join(names) + " | limit | at most | predicted |")
-    print("| ----: | ----------: | :--: | ---------: | " + " | ".join("---:" for _ in names) + " | :---- | ---: | ---: |")
+    print(
+        "| ----: | ----------: | :--: | ---------: | " + " | ".join("---:" for _ in names) + " | :---- | ---: | ---: |"
+    )
     for kernel in hopper_kernels():
         tile, units = Tile.of(kernel), cycles(kernel)
         limit, bound, likely = predicted(kernel)
-        cells = [f"{tile.width}", f"{tile.rows} x {tile.columns}", "yes" if tile.biased else "", f"{tile.shared_bytes / 1024:.0f}"]
+        cells = [
+            f"{tile.width}",
+            f"{tile.rows} x {tile.columns}",
+            "yes" if tile.biased else "",
+            f"{tile.shared_bytes / 1024:.0f}",
+        ]
         cells += [f"{units[name]:.0f}" for name in names] + [limit, f"{bound:.0f}", f"{likely:.0f}"]
         if "<bf16" in kernel.name:
             print("| " + " | ".join(cells) + " |")

@@ -9,7 +9,8 @@ from . import attention_probes
 
 PROBES: dict[str, Case] = {
     **attention_probes.PROBES,
-    "three warpgroups": case(Shape(1, 2, 1, 400, 290, 64, 64), causal()),
+    "three warpgroups": case(Shape(1, 3, 3, 400, 300, 64, 64), causal()),
+    "many tiles": case(Shape(1, 2, 1, 70, 620, 64, 64), alibi()),
     "wide, all visible": case(Shape(1, 2, 1, 140, 400, 128, 128)),
     "wide, all visible, biased": case(Shape(1, 2, 2, 150, 380, 128, 120), t5(buckets=8, max_distance=60)),
     "wide, causal": case(Shape(1, 2, 2, 270, 310, 128, 128), causal()),

@@ -1,0 +1,148 @@
+"""Seeded defects of csrc/cuda/attention_sm90.cu, as in mutants.py: copies with one text changed, and who finds them.
+
+A copy is cut down to fp16 and to the tiles for 64 and 128 features. Groups of heads are small in it, as of long keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from support.backends import Backend
+from support.cases import check as check_case
+
+from .attention_sm90_probes import PROBES
+from .build import Kernel
+from .mutants import source
+from .ops import instead_of_cpu
+from .runtime import COMPLETIONS, SCHEDULES, Found
+
+RUNS = [
+    dict(schedule=schedule, completion=completion, preempt=20 * (n % 2))
+    for n, (schedule, completion) in enumerate(itertools.product(SCHEDULES, COMPLETIONS))
+]
+_CUTS = (
+    ("return with_width<bf16>(p, w, s);", "return cudaErrorInvalidValue;"),
+    ("if (width <= 96) return with_bias<T, HopperTile<96, 2, 128, true>>(p, w, stream);", ""),
+    ("return with_bias<T, HopperTile<256, 2, 80, false>>(p, w, stream);", "return cudaErrorInvalidValue;"),
+    ("kCacheBytes = 32 << 20", "kCacheBytes = 200000"),
+)
+
+
+def cut_down(*changes: tuple[str, str]) -> Kernel:
+    return source("attention_sm90", *_CUTS, *changes)
+
+
+def check(name: str, dtype: torch.dtype, seed: int) -> None:
+    """Result and LSE against the oracle; gradients too, which the kernels of the CPU make of these."""
+    check_case(PROBES[name], dtype, Backend("cpu"), seed)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    title: str
+    probe: str
+    old: str
+    new: str = ""
+
+    def __str__(self) -> str:
+        return self.title.replace(" ", "-")
+
+    @property
+    def kernel(self) -> Kernel:
+        return cut_down((self.old, self.new))
+
+    def outcomes(self, seed: int) -> Iterator[str]:
+        """One word per run: "missed", "values" (a wrong result), or what the emulator said."""
+        for i, run in enumerate(RUNS):
+            try:
+                with instead_of_cpu({"attention_sm90": self.kernel}, seed=seed + i, **run):
+                    check(self.probe, torch.float16, seed)
+                yield "missed"
+            except Found as found:
+                yield str(found)
+            except AssertionError:
+                yield "values"
+
+
+_SUMS = "ptx::wgmma_wait<0>();\n      ptx::wgmma_pin(flat(out));\n      value_ring.release(count - 1);"
+MUTANTS = [
+    Mutant("scores read while their product runs", "causal", "ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
+    Mutant("sums touched while their product runs", "causal", _SUMS, "value_ring.release(count - 1);"),
+    Mutant(
+        "values released before they are read",
+        "many tiles",
+        _SUMS,
+        "value_ring.release(count - 1);\n ptx::wgmma_wait<0>();\n ptx::wgmma_pin(flat(out));",
+    ),
+    Mutant(
+        "no fence before the products of a tile",
+        "causal",
+        "ptx::wgmma_fence();\n      issue_scores(count);\n      issue_values(count - 1);",
+        "issue_scores(count);\n      issue_values(count - 1);",
+    ),
+    Mutant("sums keep their old base", "causal", "scale_rows(out, factor);"),
+    Mutant("turns are not handed on", "causal", "ptx::bar_arrive(1 + (group + 1) % Tile::consumers, 256);"),
+    Mutant("keys overwritten while they are read", "many tiles", "keys.wait_empty(count + i);"),
+    Mutant("values overwritten while they are read", "many tiles", "values.wait_empty(count + i - 1);"),
+    Mutant("strips overwritten while they are read", "many tiles", "ring.wait_empty(count + i);"),
+    Mutant("queries overwritten while they are read", "plain", "shared.items().wait_empty(n);"),
+    Mutant(
+        "queries released before all lanes have them",
+        "wide, causal",
+        "load_queries<T, Tile>(queries, shared.queries());\n        __syncwarp();",
+        "load_queries<T, Tile>(queries, shared.queries());",
+    ),
+    Mutant(
+        "strip released before all lanes have it",
+        "buckets",
+        "__syncwarp();\n      shared.strip_ring().release(count);",
+        "shared.strip_ring().release(count);",
+    ),
+    Mutant("strip not shifted to where it begins", "buckets", "shared.strip(count) + start % 4", "shared.strip(count)"),
+    Mutant(
+        "strips without margins",
+        "buckets",
+        "AttentionWorkspace w(p, p.workspace, false, 0, 0, kMargin)",
+        "AttentionWorkspace w(p, p.workspace, false, 0, 0, 4)",
+    ),
+    Mutant(
+        "biased scores scaled twice",
+        "slopes",
+        "softmax(biased ? 1 : float(p.scale) * kLog2e)",
+        "softmax(float(p.scale) * kLog2e)",
+    ),
+    Mutant("second row sees all", "causal", "hide_unseen(s[0], 1, keys[1], tile * columns);"),
+    Mutant(
+        "second row sees what the first does", "causal", "visible(p, batch, int64_t(row) + 8)", "visible(p, batch, row)"
+    ),
+    Mutant("the last tile left out", "causal", "(seen.end - 1) / columns + 1", "seen.end / columns"),
+    Mutant(
+        "another head's keys",
+        "causal",
+        "kv_head = head / (heads / int(p.kv_heads))",
+        "kv_head = head % int(p.kv_heads)",
+    ),
+    Mutant("queries not swizzled", "wide, causal", "(chunk % 8 ^ row % 8) * 8", "chunk % 8 * 8"),
+    Mutant(
+        "the second panel of values", "wide, causal", "kAtomBytes, columns * kPanelBytes)", "kAtomBytes, kAtomBytes)"
+    ),
+    Mutant("a smaller last group of heads", "three warpgroups", "size = min(group, pairs - begin)", "size = group"),
+    Mutant("items left out", "causal", "atomicAdd(next_item, 1)", "atomicAdd(next_item, 2)"),
+    Mutant("no fence after mbarrier.init", "plain", "ptx::fence_mbarrier_init();"),
+    Mutant(
+        "only one warpgroup releases",
+        "many tiles",
+        "constexpr int warps = 4 * Tile::consumers;",
+        "constexpr int warps = 4;",
+    ),
+    Mutant(
+        "too few bytes expected",
+        "plain",
+        "ptx::mbarrier_expect(keys.barrier(count + i), Tile::key_bytes);",
+        "ptx::mbarrier_expect(keys.barrier(count + i), Tile::key_bytes - 16);",
+    ),
+]

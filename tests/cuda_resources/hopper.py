@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +20,7 @@ SCHEDULERS, SHARED_BYTES, L2_BYTES = 4, 128, 32  # of a multiprocessor; bytes pe
 LANES = {"mufu": 16, "fma": 128, "alu": 64}  # per cycle and multiprocessor
 FMA = ("FFMA", "FMUL", "FADD", "IMAD")
 ALU = ("FMNMX", "FSEL", "FSETP", "ISETP", "LOP3", "F2FP", "SEL", "IADD3", "VIADD", "LEA", "PLOP3", "SHF", "MOV", "PRMT")
+SHUFFLE, LATENCY = 30, 1500  # cycles: of a shuffle; about, from taking an item to its first scores, and to its end
 #: What FlashAttention-3 reaches of its own bound with this structure: 661 of 989 TF/s (its table 2).
 EFFICIENCY = 0.67
 
@@ -153,6 +156,17 @@ def cycles(kernel: Kernel) -> dict[str, float]:
     }
 
 
+def softmax_path(kernel: Kernel) -> tuple[float, float]:
+    """Cycles that a warpgroup's softmax takes by itself, one warp to a scheduler, and those it has until its turn for
+    the tensor cores comes again."""
+    loop, tile = Loop(kernel), Loop(kernel).tile
+    count = loop.of_full_tiles
+    highest = 2 * count["FMNMX"] + 2 * SHUFFLE
+    weights = max(8 * count["MUFU"], count["FFMA"] + count["FADD"])
+    alone = highest + weights + 2 * count["F2FP"] + count["FMUL"] + (2 * count["LDS"] if tile.biased else 0)
+    return alone, cycles(kernel)["tensor"] - tile.width // 16 * tile.columns // 2
+
+
 def predicted(kernel: Kernel) -> tuple[str, float, float]:
     """The unit that limits, the TF/s it allows, and those that a kernel of this structure reaches of them."""
     tile, units = Tile.of(kernel), cycles(kernel)
@@ -161,30 +175,69 @@ def predicted(kernel: Kernel) -> tuple[str, float, float]:
     return limit, bound, bound * EFFICIENCY
 
 
+def predicted_call(kernel: Kernel, pairs: int, length: int, causal: bool) -> float:
+    """TF/s of a whole call with this many (batch, head) pairs: items of work in the kernel's order, each taken by the
+    multiprocessor that is free first. Masked halves of the square do not count as work, but tiles on the edge do."""
+    tile, busy = Tile.of(kernel), [0.0] * MULTIPROCESSORS
+    per_tile = max(cycles(kernel).values()) / EFFICIENCY
+    start = softmax_path(kernel)[0] + LATENCY  # the first tile's softmax has nothing to run beside
+    blocks = -(-length // tile.rows)
+    for block in reversed(range(blocks)):
+        keys = min(length, (block + 1) * tile.rows) if causal else length
+        for _ in range(pairs):
+            heapq.heapreplace(busy, busy[0] + start + -(-keys // tile.columns) * per_tile)
+    work = 4 * pairs * length * length * tile.width / (2 if causal else 1)
+    return work / max(busy) * CLOCK / 1e12
+
+
 def hopper_kernels() -> list[Kernel]:
     source = next(source for source in SOURCES if source.stem == "attention_sm90")
     return [kernel for kernel in kernels(source, "sm_90a") if "HopperTile" in kernel.name]
 
 
-def main() -> None:
+def of_units() -> Iterator[str]:
     names = ("tensor", "mufu", "issue", "fma", "alu", "shared", "L2")
-    print("Cycles of a multiprocessor per tile of scores; TF/s at most, and predicted. Nothing here is measured.\n")
-    print("| width | rows x keys | bias | shared KiB | " + " | ".join(names) + " | limit | at most | predicted |")
-    print(
-        "| ----: | ----------: | :--: | ---------: | " + " | ".join("---:" for _ in names) + " | :---- | ---: | ---: |"
+    yield (
+        "| width | rows x keys | bias | shared | " + " | ".join(names) + " | softmax in | limit | at most | predicted |"
+    )
+    yield (
+        "| ----: | ----------: | :--: | -----: | "
+        + " | ".join("---:" for _ in names)
+        + " | ---: | :---- | ---: | ---: |"
     )
     for kernel in hopper_kernels():
-        tile, units = Tile.of(kernel), cycles(kernel)
-        limit, bound, likely = predicted(kernel)
-        cells = [
-            f"{tile.width}",
-            f"{tile.rows} x {tile.columns}",
-            "yes" if tile.biased else "",
-            f"{tile.shared_bytes / 1024:.0f}",
-        ]
-        cells += [f"{units[name]:.0f}" for name in names] + [limit, f"{bound:.0f}", f"{likely:.0f}"]
         if "<bf16" in kernel.name:
-            print("| " + " | ".join(cells) + " |")
+            tile, units = Tile.of(kernel), cycles(kernel)
+            limit, bound, likely = predicted(kernel)
+            cells = [tile.width, f"{tile.rows} x {tile.columns}", "yes" if tile.biased else ""]
+            cells += [f"{tile.shared_bytes / 1024:.0f} KiB", *(f"{units[name]:.0f}" for name in names)]
+            cells += ["{:.0f} of {:.0f}".format(*softmax_path(kernel)), limit, f"{bound:.0f}", f"{likely:.0f}"]
+            yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def of_calls() -> Iterator[str]:
+    """16384 tokens and heads of 2048 features in all, as FlashAttention-3 measures."""
+    lengths = (1024, 2048, 4096, 8192, 16384)
+    yield "| width | bias | mask | " + " | ".join(map(str, lengths)) + " |"
+    yield "| ----: | :--: | :--- | " + " | ".join("---:" for _ in lengths) + " |"
+    for kernel in hopper_kernels():
+        tile = Tile.of(kernel)
+        if "<bf16" not in kernel.name or 2048 % tile.width:
+            continue
+        for causal in (False, True):
+            if tile.width == 128 and causal == (tile.columns > 128):
+                continue  # the tile for the other
+            cells = [tile.width, "yes" if tile.biased else "", "causal" if causal else "none"]
+            for length in lengths:
+                cells.append(f"{predicted_call(kernel, 16384 // length * 2048 // tile.width, length, causal):.0f}")
+            yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    print("Cycles of a multiprocessor per tile of scores, unit by unit; TF/s at most, and predicted.\n")
+    print("\n".join(of_units()))
+    print("\nTF/s predicted by length. Nothing here is measured.\n")
+    print("\n".join(of_calls()))
 
 
 if __name__ == "__main__":

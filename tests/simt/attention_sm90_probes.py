@@ -1,4 +1,4 @@
-"""Calls that look for defects of csrc/cuda/attention_sm90.cu: all those of sm_80, and each of its tiles past its corners."""
+"""Calls that look for defects of csrc/cuda/attention_sm90.cu: those of sm_80, and each of its tiles past its edges."""
 
 from __future__ import annotations
 

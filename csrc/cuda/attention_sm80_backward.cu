@@ -5,66 +5,25 @@
 //   P = exp2(S - lse), dP = dO V^T, dS = P (dP - delta), delta = <dO, O> - dLSE
 //   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
 // Source: Dao, "FlashAttention-2" (2023), algorithm 2, with its loops apart.
-#include "attention_tiles.h"
+#include "attention_backward.h"
 
 namespace pyext {
 namespace {
-
-constexpr int kThreads = 256, kWarps = kThreads / 32, kBlockRows = 16 * kWarps, kStepRows = 64, kN = kStepRows / 8;
-
-// --- What both need of every query ---
-
-// A warp per query.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_prepare_queries(const __grid_constant__ AttentionProblem p, float* delta, float* lse) {
-  const int64_t at = blockIdx.x * int64_t(kWarps) + threadIdx.x / 32;
-  if (at >= p.batch * p.heads * p.q_len) return;
-  const int64_t query = at % p.q_len, head = at / p.q_len % p.heads, batch = at / p.q_len / p.heads;
-  const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + head * p.grad_out.head +
-                  query * p.grad_out.row;
-  const T* out = static_cast<const T*>(p.out.data) + batch * p.out.batch + head * p.out.head + query * p.out.row;
-  float sum = 0;
-  for (int64_t column = threadIdx.x % 32 * 8; column < p.value_dim; column += 32 * 8) {
-    const ptx::Vector<T> a = ptx::load_vector(grad + column), b = ptx::load_vector(out + column);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += ptx::to_float(a.values[i]) * ptx::to_float(b.values[i]);
-  }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32) return;
-  delta[at] = p.grad_lse ? sum - float(p.grad_lse[at]) : sum;
-  lse[at] = p.lse[at] == -double(INFINITY) ? 0.0f : float(p.lse[at] / kLn2);
-}
-
-__global__ void __launch_bounds__(kStepRows)
-    attention_prepare_ranges(const __grid_constant__ AttentionProblem p, Range* ranges) {
-  using Seen = Visible<kStepRows, kStepRows>;
-  PYEXT_SHARED(Seen, seen);
-  const int64_t blocks = ceil_div(p.q_len, kStepRows);
-  const Range range = find_visible(p, blockIdx.x / blocks, blockIdx.x % blocks * kStepRows, *seen);
-  if (threadIdx.x == 0) ranges[blockIdx.x] = range;
-}
 
 // --- dK and dV ---
 
 template <int width>
 constexpr int key_shared_bytes() {
-  return 2 * tile_elements<width>(2 * kBlockRows + 4 * kStepRows) +
-         2 * int(sizeof(float) * (kBlockRows + kStepRows) + (2 * sizeof(float) + sizeof(Interval)) * kStepRows);
+  return 2 * tile_elements<width>(2 * kBlockRows + 4 * kStepRows) + 2 * int(sizeof(QueryStage));
 }
 
 // What a step needs besides its tiles, of kStepRows queries: read early, stored late.
 template <bool biased>
 struct QueriesAhead {
-  static constexpr int strip_entries = kBlockRows + kStepRows;
-  struct Stage {
-    float strip[strip_entries], lse[kStepRows], delta[kStepRows];
-    Interval seen[kStepRows];
-  };
-  StripAhead<kThreads, strip_entries> strip;
+  StripAhead<kThreads, QueryStage::strip_entries> strip;
   float lse = 0, delta = 0;
 
-  PYEXT_DEVICE void store(Stage& stage, const AttentionProblem& p, int64_t batch, int64_t first) const {
+  PYEXT_DEVICE void store(QueryStage& stage, const AttentionProblem& p, int64_t batch, int64_t first) const {
     if (biased) strip.store(stage.strip);
     if (threadIdx.x >= kStepRows) return;
     stage.lse[threadIdx.x] = lse, stage.delta[threadIdx.x] = delta;
@@ -81,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const SharedTile<T, width> keys{shared}, values{keys.at(kBlockRows, 0)};
   const auto queries = [&](int n) { return SharedTile<T, width>{keys.at(2 * kBlockRows + n % 2 * kStepRows, 0)}; };
   const auto grads = [&](int n) { return SharedTile<T, width>{keys.at(2 * kBlockRows + (2 + n % 2) * kStepRows, 0)}; };
-  auto* const stages = reinterpret_cast<typename Ahead::Stage*>(keys.at(2 * kBlockRows + 4 * kStepRows, 0));
+  auto* const stages = reinterpret_cast<QueryStage*>(keys.at(2 * kBlockRows + 4 * kStepRows, 0));
 
   const int key_blocks = int(ceil_div(p.k_len, kBlockRows)), kv_heads = int(p.kv_heads);
   const int first_key = blockIdx.x % key_blocks * kBlockRows, pair = blockIdx.x / key_blocks;
@@ -136,33 +95,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool all = range(step.block).covers(first_key, first_key + kBlockRows);
     step = settled({step.head, step.block + 1});
     load(step, n + 1);
-    const typename Ahead::Stage& stage = stages[n % 2];
+    const QueryStage& stage = stages[n % 2];
 
     float p_t[1][kN][4] = {};  // transposed: rows are keys
     multiply_transposed<1, kN>(p_t, keys, own, queries(n));
     ahead.store(stages[(n + 1) % 2], p, batch, int64_t(step.block) * kStepRows);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int query = 8 * j + lane_column() + e % 2, at = row + e / 2 * 8;
-        float& x = p_t[0][j][e];
-        const float s = biased ? fmaf(x, scale, stage.strip[at - query + kStepRows - 1]) : x * scale;
-        x = ptx::exp2_approx(s - stage.lse[query]);
-        if (!all && !stage.seen[query].holds(first_key + at)) x = 0;
-      }
-    }
+    to_weights<biased>(p_t, scale, stage, row, first_key, all);
     uint32_t left[1][kN / 2][4];
     as_left<T>(left, p_t);
     multiply(grad_value, left, grads(n));
     float ds_t[1][kN][4] = {};
     multiply_transposed<1, kN>(ds_t, values, own, grads(n));
-#pragma unroll
-    for (int j = 0; j < kN; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        ds_t[0][j][e] = p_t[0][j][e] * (ds_t[0][j][e] - stage.delta[8 * j + lane_column() + e % 2]);
-    }
+    to_score_gradients(ds_t, p_t, stage);
     as_left<T>(left, ds_t);
     multiply(grad_key, left, queries(n));
   }
@@ -176,58 +120,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // --- dQ, and the gradients of strips ---
-
-struct QueryTile {
-  static constexpr int M = 1, N = kN, columns = kStepRows, rows = kBlockRows, strip = rows + columns;
-};
-
-// Sums of a tile of dS along its diagonals. A warp's 16 rows have diagonals in octets: lane (g, t) holds, of each 8 x 8
-// block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet.
-struct Diagonals {
-  static constexpr int octets = kN + 2, count = 8 * octets;  // of a warp, the first at distance -16 from its corner
-  float *terms, *sums;                                       // (warps, octets, 8 rows, 8 diagonals), (warps, count)
-  static constexpr int floats = kWarps * (8 * count + count);
-
-  PYEXT_DEVICE explicit Diagonals(float* shared) : terms(shared), sums(shared + kWarps * 8 * count) {}
-
-  PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4]) const {
-    float* const own = terms + threadIdx.x / 32 * 8 * count;
-    const int g = lane_row();
-    // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, both halves of the rows added.
-    const auto block = [&](int d, int e) {
-      return (d >= 0 && d < kN ? ds[0][d][e] : 0.0f) + (d >= -1 && d < kN - 1 ? ds[0][d + 1][2 + e] : 0.0f);
-    };
-#pragma unroll
-    for (int o = 0; o < octets; ++o) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = lane_column() + e;
-        own[(8 * o + g) * 8 + (c - g + 8) % 8] = c >= g ? block(o - 2, e) : block(o - 1, e);
-      }
-    }
-    __syncwarp();
-    for (int i = threadIdx.x % 32; i < count; i += 32) {
-      float sum = 0;
-#pragma unroll
-      for (int r = 0; r < 8; ++r) sum += own[(i / 8 * 8 + r) * 8 + i % 8];
-      sums[threadIdx.x / 32 * count + i] = sum;
-    }
-  }
-
-  // After a barrier: adds the tile's diagonals to a strip in global memory that nobody else adds to. Entry 0 of the
-  // tile is that of its last row and first column, at `start` of the strip.
-  PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
-    const int i = threadIdx.x;
-    if (i >= kBlockRows + kStepRows - 1 || start + i < 0 || start + i >= length) return;
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const int at = i - (kBlockRows - 1) + 16 * warp + 16;
-      if (0 <= at && at < count) sum += sums[warp * count + at];
-    }
-    strip[start + i] += sum;
-  }
-};
 
 template <int width>
 constexpr int query_shared_bytes(bool diagonals) {
@@ -323,24 +215,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // --- Launchers ---
-
-AttentionWorkspace workspace_of(const AttentionProblem& p, void* base) {
-  return AttentionWorkspace(p, base, true, ceil_div(p.q_len, kStepRows), ceil_div(p.q_len, kBlockRows));
-}
-
-template <class T>
-int prepare(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
-  if (const int error = expand_strips(p, w, stream)) return error;
-  const int64_t blocks = ceil_div(p.batch * p.heads * p.q_len, kWarps);
-  const int64_t ranges = ceil_div(p.q_len, kStepRows) * p.batch;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || ranges > INT32_MAX) return cudaErrorInvalidValue;
-  const int error =
-      ptx::launch(attention_prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
-  if (error) return error;
-  return ptx::launch(attention_prepare_ranges, dim3(unsigned(ranges)), dim3(kStepRows),
-                     sizeof(Visible<kStepRows, kStepRows>), stream, p, reinterpret_cast<Range*>(w.ranges));
-}
 
 template <class T, int width, bool biased>
 int launch_keys(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {

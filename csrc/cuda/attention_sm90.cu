@@ -8,15 +8,11 @@
 //
 // Tiles go from the last to the first: under a causal mask, those that must ask who sees what come first.
 // Source: Shah et al., "FlashAttention-3" (2024), algorithm 2.
-#include "attention_tiles.h"
+#include "attention_hopper.h"
 
 namespace pyext {
 namespace {
 
-constexpr int kPanel = 64;  // features side by side in shared memory: 128 bytes, the span of the swizzle
-constexpr int kPanelBytes = 128;
-constexpr int kAtomBytes = 1024;  // eight rows of a panel
-constexpr int kStages = 2;
 constexpr int kMargin = 256;  // of strips: more than a tile's rows or columns and the three that alignment may add
 // Keys and values of heads at work at the same time should stay in the L2 cache.
 constexpr int64_t kCacheBytes = 32 << 20;
@@ -45,30 +41,6 @@ struct Order {
 };
 
 // --- Shared memory ---
-
-// Stages that the producer fills and the consumers read. Both count the tiles they have had.
-template <int stages>
-struct Ring {
-  uint64_t *full, *empty;
-
-  PYEXT_DEVICE void initialise(int consuming_warps) const {
-#pragma unroll
-    for (int i = 0; i < stages; ++i) {
-      ptx::mbarrier_init(full + i, 1);
-      ptx::mbarrier_init(empty + i, consuming_warps);
-    }
-  }
-  PYEXT_DEVICE uint64_t* barrier(unsigned tile) const { return full + tile % stages; }
-  PYEXT_DEVICE void wait_full(unsigned tile) const { ptx::mbarrier_wait(full + tile % stages, tile / stages & 1); }
-  // At first the stages are empty: the phase before the first one counts as complete.
-  PYEXT_DEVICE void wait_empty(unsigned tile) const {
-    ptx::mbarrier_wait(empty + tile % stages, (tile / stages & 1) ^ 1);
-  }
-  // By all lanes of a warp that are done with it.
-  PYEXT_DEVICE void release(unsigned tile) const {
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + tile % stages);
-  }
-};
 
 // What the producer tells the consumers of an item: which it is, and what its queries see. No more items: pair < 0.
 template <int columns>
@@ -139,28 +111,6 @@ struct Sources {
   ptx::TensorMap query, key, value;
 };
 
-// All panels of `rows` rows from `row` on.
-template <class Tile, class T>
-PYEXT_DEVICE void load_panels(T* shared, const ptx::TensorMap& map, uint64_t* barrier, int rows, int row, int head,
-                              int batch) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::panels; ++panel) {
-    const int corner[4] = {panel * kPanel, row, head, batch};
-    ptx::tma_load(shared + panel * rows * kPanel, &map, barrier, corner);
-  }
-}
-
-// By a warp: what the queries of an item see.
-template <int rows>
-PYEXT_DEVICE Range find_visible(const AttentionProblem& p, const Order::Item& item) {
-  Range range = Range::of_nobody();
-#pragma unroll 1
-  for (int row = threadIdx.x % 32; row < rows; row += 32)
-    range.join(Range::of(visible(p, item.pair / int(p.heads), int64_t(item.first) + row)));
-  range.join_warp();
-  return range;
-}
-
 template <class T, class Tile, bool biased>
 PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const Order& order, const float* strips,
                           int64_t pitch, int* next_item, const Shared<T, Tile>& shared) {
@@ -173,7 +123,7 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
     Work<columns> work{-1, 0, Range::of_nobody()};
     if (!last) {
       const Order::Item at = order.at(item, Tile::rows);
-      work = {at.pair, at.first, find_visible<Tile::rows>(p, at)};
+      work = {at.pair, at.first, find_visible<Tile::rows>(p, at.pair / int(p.heads), at.first)};
     }
     if (leads) {
       shared.items().wait_empty(n);
@@ -185,7 +135,8 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
       const int heads = int(p.heads), head = work.pair % heads, batch = work.pair / heads;
       const int kv_head = head / (heads / int(p.kv_heads)), tiles = work.end() - work.begin();
       ptx::mbarrier_expect(shared.items().barrier(n), Tile::query_bytes);
-      load_panels<Tile>(shared.queries(), from.query, shared.items().barrier(n), Tile::rows, work.first, head, batch);
+      load_panels<Tile::panels, Tile::rows, Tile::rows>(shared.queries(), from.query, shared.items().barrier(n),
+                                                        work.first, head, batch);
       [[maybe_unused]] const float* strip = nullptr;  // of tile 0
       if constexpr (biased) {
         const int64_t start = strip_start(p, int64_t(work.first) + Tile::rows - 1, 0) + kMargin;
@@ -199,7 +150,8 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
           const Ring<kStages> keys = shared.key_ring();
           keys.wait_empty(count + i);
           ptx::mbarrier_expect(keys.barrier(count + i), Tile::key_bytes);
-          load_panels<Tile>(shared.keys(count + i), from.key, keys.barrier(count + i), columns, key, kv_head, batch);
+          load_panels<Tile::panels, columns, columns>(shared.keys(count + i), from.key, keys.barrier(count + i), key,
+                                                      kv_head, batch);
           if constexpr (biased) {
             const Ring<kStages> ring = shared.strip_ring();
             ring.wait_empty(count + i);
@@ -213,8 +165,8 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
           const Ring<kStages> values = shared.value_ring();
           values.wait_empty(count + i - 1);
           ptx::mbarrier_expect(values.barrier(count + i - 1), Tile::key_bytes);
-          load_panels<Tile>(shared.values(count + i - 1), from.value, values.barrier(count + i - 1), columns, key,
-                            kv_head, batch);
+          load_panels<Tile::panels, columns, columns>(shared.values(count + i - 1), from.value,
+                                                      values.barrier(count + i - 1), key, kv_head, batch);
         }
       }
       count += unsigned(tiles);
@@ -225,11 +177,6 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
 }
 
 // --- Consumers ---
-
-template <int N>
-PYEXT_DEVICE float (&flat(float (&sum)[1][N][4]))[4 * N] {
-  return reinterpret_cast<float (&)[4 * N]>(sum);
-}
 
 // A warp's fragments of its 16 queries.
 template <class T, class Tile>
@@ -252,29 +199,11 @@ struct Consumer {
   float s[1][N][4], out[1][width / 8][4], factor[1][2];
   uint32_t weights[1][N / 2][4];
 
-  // s = Q K^T, issued.
   PYEXT_DEVICE void issue_scores(unsigned tile) {
-    const uint64_t keys = ptx::matrix_descriptor(shared.keys(tile), kAtomBytes);
-    [[maybe_unused]] const uint64_t own = ptx::matrix_descriptor(shared.queries() + group * 64 * kPanel, kAtomBytes);
-#pragma unroll
-    for (int i = 0; i < width / 16; ++i) {
-      const int panel = i / 4, step = i % 4 * 2;  // in units of 16 bytes
-      const uint64_t right = keys + uint64_t(panel * columns * kPanelBytes / 16 + step);
-      if constexpr (Tile::queries_in_registers)
-        ptx::wgmma<T>(flat(s), queries[i], right, i > 0);
-      else
-        ptx::wgmma<T>(flat(s), own + uint64_t(panel * Tile::rows * kPanelBytes / 16 + step), right, i > 0);
-    }
-    ptx::wgmma_commit();
-  }
-
-  // out += P V, issued.
-  PYEXT_DEVICE void issue_values(unsigned tile) {
-    const uint64_t values = ptx::matrix_descriptor(shared.values(tile), kAtomBytes, columns * kPanelBytes);
-#pragma unroll
-    for (int i = 0; i < columns / 16; ++i)
-      ptx::wgmma<T, true>(flat(out), weights[0][i], values + uint64_t(i * 16 * kPanelBytes / 16), true);
-    ptx::wgmma_commit();
+    if constexpr (Tile::queries_in_registers)
+      issue_transposed(s, queries, shared.keys(tile));
+    else
+      issue_transposed<T, width, Tile::rows>(s, shared.queries() + group * 64 * kPanel, shared.keys(tile));
   }
 
   // The scores are there: makes weights of them. `keys`: what the queries of the lane's two rows see.
@@ -317,7 +246,7 @@ struct Consumer {
       ptx::wgmma_pin(flat(s)), ptx::wgmma_pin(flat(out));
       ptx::wgmma_fence();
       issue_scores(count);
-      issue_values(count - 1);
+      issue_product(out, weights, shared.values(count - 1));
       ptx::bar_arrive(1 + (group + 1) % Tile::consumers, 256);
       ptx::wgmma_wait<1>();
       ptx::wgmma_pin(flat(s));
@@ -335,7 +264,7 @@ struct Consumer {
     }
     ptx::wgmma_pin(flat(out));
     ptx::wgmma_fence();
-    issue_values(count);
+    issue_product(out, weights, shared.values(count));
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(flat(out));
     value_ring.release(count);
@@ -391,24 +320,6 @@ __global__ void __launch_bounds__(Tile::threads, 1)
 __global__ void attention_first_item(int* next_item) { *next_item = 0; }
 
 // --- Launch ---
-
-// What TMA can walk: sizes and strides as its maps want them. Zero strides, of broadcast tensors, it may not take.
-inline bool fits_map(const Input& t, int64_t batch, int64_t heads, int64_t length) {
-  const auto fits = [](int64_t stride, int64_t size) { return size == 1 || (0 < stride && stride < int64_t(1) << 39); };
-  return fits(t.batch, batch) && fits(t.head, heads) && fits(t.row, length);
-}
-
-// Rows in swizzled boxes of one panel's width.
-template <class T>
-cudaError_t map_rows(ptx::TensorMap* map, const Input& t, const AttentionProblem& p, int64_t heads, int64_t length,
-                     int64_t features, int box_rows) {
-  // A dimension of size 1 needs some stride.
-  const auto bytes = [](int64_t stride, int64_t size) { return size == 1 ? int64_t(16) : 2 * stride; };
-  const int64_t size[4] = {features, length, heads, p.batch};
-  const int64_t strides[3] = {bytes(t.row, length), bytes(t.head, heads), bytes(t.batch, p.batch)};
-  const int box[4] = {kPanel, box_rows, 1, 1};
-  return ptx::encode_tensor_map<T>(map, t.data, size, strides, box, kPanelBytes);
-}
 
 template <class T, class Tile, bool biased>
 int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {

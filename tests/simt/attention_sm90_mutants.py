@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         "no fence before the products of a tile",
         "causal",
-        "ptx::wgmma_fence();\n      issue_scores(count);\n      issue_values(count - 1);",
-        "issue_scores(count);\n      issue_values(count - 1);",
+        "ptx::wgmma_fence();\n      issue_scores(count);\n      issue_product(out, weights, shared.values(count - 1));",
+        "issue_scores(count);\n      issue_product(out, weights, shared.values(count - 1));",
     ),
     Mutant("sums keep their old base", "causal", "scale_rows(out, factor);"),
     Mutant("turns are not handed on", "causal", "ptx::bar_arrive(1 + (group + 1) % Tile::consumers, 256);"),
@@ -128,7 +128,7 @@ MUTANTS = [
     ),
     Mutant("queries not swizzled", "wide, causal", "(chunk % 8 ^ row % 8) * 8", "chunk % 8 * 8"),
     Mutant(
-        "the second panel of values", "wide, causal", "kAtomBytes, columns * kPanelBytes)", "kAtomBytes, kAtomBytes)"
+        "the second panel of values", "wide, causal", "kAtomBytes, 16 * K * kPanelBytes)", "kAtomBytes, kAtomBytes)"
     ),
     Mutant("a smaller last group of heads", "three warpgroups", "size = min(group, pairs - begin)", "size = group"),
     Mutant("items left out", "causal", "atomicAdd(next_item, 1)", "atomicAdd(next_item, 2)"),

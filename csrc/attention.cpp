@@ -338,9 +338,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   run_on_device(
       a.query, "query", [&] { kernels().attention_backward(p, parallel()); },
       [&](auto stream) {
-        const Tensor memory = workspace(a.query, pyext_cuda_attention_backward_workspace(p));
+        const int64_t bytes = compute_capability(a.query) == 90 ? pyext_cuda_attention_backward_sm90_workspace(p) : -1;
+        const bool hopper = bytes >= 0;
+        const Tensor memory = workspace(a.query, hopper ? bytes : pyext_cuda_attention_backward_workspace(p));
         p.workspace = memory.mutable_data_ptr();
-        return pyext_cuda_attention_backward(p, stream);
+        return hopper ? pyext_cuda_attention_backward_sm90(p, stream) : pyext_cuda_attention_backward(p, stream);
       });
   return {grad_query,     grad_key,   grad_value, grad_dense,   grad_diag,
           grad_rel_query, grad_rel_q, grad_rel_k, grad_segment, grad_sinks};

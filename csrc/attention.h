@@ -73,8 +73,10 @@ struct AttentionProblem {
 // succeeded. The problem's workspace has as many bytes as they ask for.
 extern "C" int pyext_cuda_attention_forward(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_forward_workspace(const pyext::AttentionProblem&);
-// csrc/cuda/attention_sm90.cu, on devices of compute capability 9.0; a workspace of -1 bytes: not this problem.
-extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem&, void* stream);
-extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem&);
 extern "C" int pyext_cuda_attention_backward(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_backward_workspace(const pyext::AttentionProblem&);
+// csrc/cuda/attention_sm90*.cu, on devices of compute capability 9.0; a workspace of -1 bytes: not this problem.
+extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem&, void* stream);
+extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem&);
+extern "C" int pyext_cuda_attention_backward_sm90(const pyext::AttentionProblem&, void* stream);
+extern "C" int64_t pyext_cuda_attention_backward_sm90_workspace(const pyext::AttentionProblem&);

@@ -362,10 +362,7 @@ int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStrea
 
 extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem& p) {
   using namespace pyext;
-  const bool takes = fits_tiles(p, p.query, p.key, p.value) && fits_map(p.query, p.batch, p.heads, p.q_len) &&
-                     fits_map(p.key, p.batch, p.kv_heads, p.k_len) && fits_map(p.value, p.batch, p.kv_heads, p.k_len) &&
-                     p.k_len > 0 && max_of(p.head_dim, p.value_dim) <= 256 && float(p.scale) * kLog2e > 0;
-  return takes ? AttentionWorkspace(p, nullptr, false, 0, 0, kMargin).bytes : -1;
+  return takes_on_hopper(p, 256) ? AttentionWorkspace(p, nullptr, false, 0, 0, kMargin).bytes : -1;
 }
 
 extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem& p, void* stream) {

@@ -221,23 +221,25 @@ PYEXT_DEVICE int64_t strip_start(const AttentionProblem& p, int64_t last_query, 
   return first_key - last_query + p.q_len - 1;
 }
 
-// The entries of a tile on their way: read early, stored late, so that nobody waits for global memory.
+// The entries of a tile on their way, by all threads of a block or by a warp: read early, stored late, so that nobody
+// waits for global memory.
 template <int threads, int entries>
 struct StripAhead {
   static constexpr int count = (entries + threads - 1) / threads;
   float values[count];
 
+  static PYEXT_DEVICE int thread() { return threads == kLanes ? threadIdx.x % kLanes : threadIdx.x; }
   PYEXT_DEVICE void read(const float* strip, int64_t length, int64_t start) {
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      const int64_t at = start + n * threads + threadIdx.x;
+      const int64_t at = start + n * threads + thread();
       values[n] = 0 <= at && at < length ? strip[at] : 0.0f;
     }
   }
   PYEXT_DEVICE void store(float* shared) const {
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      const int i = n * threads + threadIdx.x;
+      const int i = n * threads + thread();
       if (i < entries) shared[i] = values[n];
     }
   }
@@ -261,14 +263,14 @@ PYEXT_DEVICE void add_strip(float (&s)[M][N][4], float scale, const float* strip
   }
 }
 
-// -inf where the query of a lane's first (half = 0) or second row of a block does not see a key.
+// `hidden` where the query of a lane's first (half = 0) or second row of a block does not see a key.
 template <int N>
-PYEXT_DEVICE void hide_unseen(float (&s)[N][4], int half, Interval keys, int first_key) {
+PYEXT_DEVICE void hide_unseen(float (&s)[N][4], int half, Interval keys, int first_key, float hidden = -INFINITY) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e)
-      if (!keys.holds(first_key + 8 * j + lane_column() + e)) s[j][2 * half + e] = -INFINITY;
+      if (!keys.holds(first_key + 8 * j + lane_column() + e)) s[j][2 * half + e] = hidden;
   }
 }
 

@@ -38,6 +38,14 @@ PYEXT_DEVICE void wgmma_pin(float (&d)[count]) {
   for (int i = 0; i < count; ++i) PYEXT_PTX(asm volatile("" : "+f"(d[i])::"memory"), static_cast<void>(d));
 }
 
+// The same of a left operand in registers: what makes it stays above the fence after this.
+template <int count>
+PYEXT_DEVICE void wgmma_pin(uint32_t (&a)[count][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * count; ++i)
+    PYEXT_PTX(asm volatile("" : "+r"(a[i / 4][i % 4])::"memory"), static_cast<void>(a));
+}
+
 #ifdef __CUDACC__
 #define PYEXT_R4 "%0, %1, %2, %3"
 #define PYEXT_D4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -25,8 +25,8 @@ from .runtime import Machine, machine
 Tensor = torch.Tensor
 STEMS = ("rotary", "glu", "moe_route", "moe_dispatch", "attention_sm80", "attention_sm80_backward")
 SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in STEMS}
-#: In place of attention_sm80, for what csrc/cuda/attention_sm90.cu takes.
-HOPPER = {"attention_sm90": Kernel("csrc/cuda/attention_sm90.cu")}
+#: In place of those for sm_80, for what csrc/cuda/attention_sm90*.cu take.
+HOPPER = {name: Kernel(f"csrc/cuda/{name}.cu") for name in ("attention_sm90", "attention_sm90_backward")}
 
 
 @contextlib.contextmanager
@@ -197,5 +197,6 @@ OPERATORS = {
     "moe_combine_backward": ("moe_dispatch", "ys", moe_ops.combine_backward),
     "attention_forward": ("attention_sm80", "query", attention_ops.forward),
     "attention_forward_sm90": ("attention_sm90", "query", attention_ops.forward),
+    "attention_backward_sm90": ("attention_sm90_backward", "query", attention_ops.backward),
     "attention_backward": ("attention_sm80_backward", "query", attention_ops.backward),
 }

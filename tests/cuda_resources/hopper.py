@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from .compiled import SOURCES, Kernel, kernels
 
@@ -76,11 +77,39 @@ class Tile:
         return Counter({self.columns: self.width // 16}) + Counter({self.width: self.columns // 16})
 
 
+@dataclass(frozen=True)
+class Backward:
+    """Of csrc/cuda/attention_sm90_backward.cu: which of its kernels."""
+
+    keys: bool  # dK and dV; else dQ
+    width: int
+    biased: bool
+    consumers = 2
+    rows = 128
+    columns = 64
+
+    @classmethod
+    def of(cls, kernel: Kernel) -> Backward:
+        which, width, biased = re.search(r"_(keys|queries)_sm90<\w+, (\d+), (\w+)", kernel.name).groups()
+        return cls(which == "keys", int(width), biased == "true")
+
+    @property
+    def products(self) -> Counter:
+        """S and dP, of 64 columns; dV and dK, or dQ, of the width."""
+        each = self.columns // 16 * (2 if self.keys else 1)
+        return Counter({self.columns: 2 * (self.width // 16)}) + Counter({self.width: each})
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a warpgroup's exponentials run beside a product of its own. Registers do not allow it everywhere."""
+        return not self.keys or self.width <= 96
+
+
 class Loop:
     """The loop over tiles of a kernel: the innermost one with products."""
 
-    def __init__(self, kernel: Kernel):
-        self.tile, everything = Tile.of(kernel), instructions(kernel.sass)
+    def __init__(self, sass: str):
+        everything = instructions(sass)
         loops = []
         for branch in everything:
             if branch.target is not None and branch.target < branch.address:
@@ -90,14 +119,26 @@ class Loop:
         self.body = min(loops, key=len)
         self.kernel = everything
 
-    def positions(self, pattern: str) -> list[int]:
-        return [n for n, i in enumerate(self.body) if re.match(pattern, i.text)]
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, i.text) is not None for i in self.body)
 
     @property
     def products(self) -> Counter:
         return Counter(int(i.text.split("x")[1]) for i in self.body if i.name == "HGMMA")
 
-    @cached_property
+    def under_way(self, name: str) -> list[int]:
+        """For each instruction of this name, how many groups of products are issued and not waited for."""
+        groups, found = 0, []
+        for i in self.body:
+            if i.name == "HGMMA" and i.text.endswith("gsb0"):
+                groups += 1
+            elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", i.text):
+                groups = min(groups, int(wait[1]))
+            elif i.name == name:
+                found.append(groups)
+        return found
+
+    @functools.cached_property
     def of_full_tiles(self) -> Counter:
         """Instructions by name without those that masks need, which a forward branch skips on all but edge tiles."""
         skipped: set[int] = set()
@@ -105,48 +146,47 @@ class Loop:
             if branch.target is not None and branch.address < branch.target <= self.body[-1].address:
                 inside = [i for i in self.body if branch.address < i.address < branch.target]
                 names = Counter(i.name for i in inside)
-                if names["FSEL"] >= self.tile.columns // 2 and not names["HGMMA"] and not names["MUFU"]:
+                if names["FSEL"] >= 32 and not names["HGMMA"] and not names["MUFU"]:
                     skipped |= {i.address for i in inside}
         return Counter(i.name for i in self.body if i.address not in skipped)
 
 
+loop_of = functools.cache(Loop)
+
+
 def complaints(kernel: Kernel) -> list[str]:
-    """What keeps products and softmax from running side by side; nothing, if all is well."""
-    loop, found = Loop(kernel), []
-    tile = loop.tile
+    """What keeps products and exponentials from running side by side; nothing, if all is well."""
+    loop, backward = loop_of(kernel.sass), "backward" in kernel.name
+    tile = Backward.of(kernel) if backward else Tile.of(kernel)
+    found = []
     if any(i.name == "HMMA" for i in loop.kernel):
         found.append("HMMA among wgmma")
     if not any(i.text.startswith("UTMALDG.4D") for i in loop.kernel):
         found.append("no UTMALDG")
     if loop.products != tile.products:
         found.append(f"products {dict(loop.products)}, expected {dict(tile.products)}")
-    waits = {n: loop.positions(rf"WARPGROUP\.DEPBAR\.LE gsb0, 0x{n}") for n in range(3)}
-    if [len(at) for at in waits.values()] != [1, 1, 0] or len(loop.positions(r"WARPGROUP\.ARRIVE")) != 1:
-        return [*found, "other waits for products than one for the scores and one for the sums"]
-    issued, exponentials = loop.positions("HGMMA"), loop.positions(r"MUFU\.EX2")
-    if max(issued) > waits[1][0]:
-        found.append("a product is issued after the wait for the scores")
-    if len(exponentials) != tile.columns // 2 + 2:  # of a thread: its scores, and the factors of its two rows
-        found.append(f"{len(exponentials)} exponentials, expected {tile.columns // 2 + 2}")
-    outside = [n for n in exponentials if not waits[1][0] < n < waits[0][0]]
-    if outside:
-        found.append(f"{len(outside)} exponentials not between the waits for the scores and for the sums")
+    waits, fences = loop.count(r"WARPGROUP\.DEPBAR"), loop.count(r"WARPGROUP\.ARRIVE")
+    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (2, 1)
+    if (waits, fences) != expected:
+        found.append(f"{waits} waits for products and {fences} fences, expected {expected[0]} and {expected[1]}")
+    exponentials = loop.under_way("MUFU")
+    # Of a thread: its scores and, forward, the factors of its two rows.
+    if len(exponentials) != tile.columns // 2 + (0 if backward else 2):
+        found.append(f"{len(exponentials)} exponentials")
+    alone = exponentials.count(0)
+    if alone and (tile.overlaps if backward else True):
+        found.append(f"{alone} exponentials while no product is under way")
     return found
 
 
 # --- The model: cycles of a multiprocessor per tile, for each unit as if nothing else were ---
 
 
-def cycles(kernel: Kernel) -> dict[str, float]:
-    loop = Loop(kernel)
-    tile, count = loop.tile, loop.of_full_tiles
-    warps = 4 * tile.consumers
-    by_products = sum(n * times for n, times in tile.products.items()) // 2 * tile.consumers
-    operands = tile.width // 16 * (32 * tile.columns + (0 if tile.queries_in_registers else 2048))
-    operands += tile.columns // 16 * 32 * tile.width
-    loaded = 4 * tile.columns * tile.width + (4 * (tile.rows + tile.columns) if tile.biased else 0)
+def _units(kernel: Kernel, tile: Tile | Backward, operands: int, loaded: int) -> dict[str, float]:
+    """operands: bytes of shared memory that one warpgroup's products read; loaded: by TMA."""
+    count, warps = loop_of(kernel.sass).of_full_tiles, 4 * tile.consumers
     return {
-        "tensor": by_products * 64 * 16 * 2 * 2 / FLOPS,
+        "tensor": sum(n * times for n, times in tile.products.items()) * tile.consumers * 64 * 16 * 2 / FLOPS,
         "mufu": count["MUFU"] * warps * 32 / LANES["mufu"],
         "issue": sum(count.values()) * warps / SCHEDULERS,
         "fma": sum(count[name] for name in FMA) * warps * 32 / LANES["fma"],
@@ -156,11 +196,24 @@ def cycles(kernel: Kernel) -> dict[str, float]:
     }
 
 
+def cycles(kernel: Kernel) -> dict[str, float]:
+    tile = Tile.of(kernel)
+    operands = tile.width // 16 * (32 * tile.columns + (0 if tile.queries_in_registers else 2048))
+    operands += tile.columns // 16 * 32 * tile.width
+    loaded = 4 * tile.columns * tile.width + (4 * (tile.rows + tile.columns) if tile.biased else 0)
+    return _units(kernel, tile, operands, loaded)
+
+
+def cycles_backward(kernel: Kernel) -> dict[str, float]:
+    tile = Backward.of(kernel)
+    operands = sum(times * 32 * n for n, times in tile.products.items()) + 2 * (tile.width // 16) * 2048
+    return _units(kernel, tile, operands, 4 * tile.columns * tile.width)
+
+
 def softmax_path(kernel: Kernel) -> tuple[float, float]:
     """Cycles that a warpgroup's softmax takes by itself, one warp to a scheduler, and those it has until its turn for
     the tensor cores comes again."""
-    loop, tile = Loop(kernel), Loop(kernel).tile
-    count = loop.of_full_tiles
+    tile, count = Tile.of(kernel), loop_of(kernel.sass).of_full_tiles
     highest = 2 * count["FMNMX"] + 2 * SHUFFLE
     weights = max(8 * count["MUFU"], count["FFMA"] + count["FADD"])
     alone = highest + weights + 2 * count["F2FP"] + count["FMUL"] + (2 * count["LDS"] if tile.biased else 0)
@@ -190,9 +243,9 @@ def predicted_call(kernel: Kernel, pairs: int, length: int, causal: bool) -> flo
     return work / max(busy) * CLOCK / 1e12
 
 
-def hopper_kernels() -> list[Kernel]:
-    source = next(source for source in SOURCES if source.stem == "attention_sm90")
-    return [kernel for kernel in kernels(source, "sm_90a") if "HopperTile" in kernel.name]
+def hopper_kernels(stem: str = "attention_sm90") -> list[Kernel]:
+    source = next(source for source in SOURCES if source.stem == stem)
+    return [kernel for kernel in kernels(source, "sm_90a") if "_sm90" in kernel.name]
 
 
 def of_units() -> Iterator[str]:
@@ -233,11 +286,38 @@ def of_calls() -> Iterator[str]:
             yield "| " + " | ".join(map(str, cells)) + " |"
 
 
+def of_backward() -> Iterator[str]:
+    """Both kernels make S and dP: 14 products' worth of work where 10 count."""
+    every = hopper_kernels("attention_sm90_backward")
+    names = ("tensor", "mufu", "issue", "fma", "alu", "shared", "L2")
+    titles = ("width", "bias", "kernel", *names, "limit", "both: at most", "predicted")
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + "".join(f" {'-' * len(title)} |" for title in titles)
+    for width, bias in itertools.product((64, 96, 128), ("false", "true")):
+        pair = [
+            next(k for k in every if f"_{which}_sm90<bf16, {width}, {bias}" in k.name and "true, false" not in k.name)
+            for which in ("keys", "queries")
+        ]
+        units = [cycles_backward(kernel) for kernel in pair]
+        tile = Backward.of(pair[0])
+        work = 10 * tile.rows * tile.columns * width
+        bound = work / sum(max(u.values()) for u in units) * MULTIPROCESSORS * CLOCK / 1e12
+        for which, u in zip(("dK, dV", "dQ"), units):
+            cells = [str(width), "with gradient" if tile.biased else "", which, *(f"{u[name]:.0f}" for name in names)]
+            cells += [
+                max(u, key=u.get),
+                *((f"{bound:.0f}", f"{bound * EFFICIENCY:.0f}") if which == "dQ" else ("", "")),
+            ]
+            yield f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     print("Cycles of a multiprocessor per tile of scores, unit by unit; TF/s at most, and predicted.\n")
     print("\n".join(of_units()))
     print("\nTF/s predicted by length. Nothing here is measured.\n")
     print("\n".join(of_calls()))
+    print("\nBackward, cycles per tile of 128 x 64 scores.\n")
+    print("\n".join(of_backward()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seeded defects of csrc/cuda/attention_sm90.cu, as in mutants.py: copies with one text changed, and who finds them.
+"""Seeded defects of csrc/cuda/attention_sm90*.cu, as in mutants.py: copies with one text changed, and who finds them.
 
 A copy is cut down to fp16 and to the tiles for 64 and 128 features. Groups of heads are small in it, as of long keys.
 """
@@ -24,16 +24,24 @@ RUNS = [
     dict(schedule=schedule, completion=completion, preempt=20 * (n % 2))
     for n, (schedule, completion) in enumerate(itertools.product(SCHEDULES, COMPLETIONS))
 ]
-_CUTS = (
-    ("return with_width<bf16>(p, w, s);", "return cudaErrorInvalidValue;"),
-    ("if (width <= 96) return with_bias<T, HopperTile<96, 2, 128, true>>(p, w, stream);", ""),
-    ("return with_bias<T, HopperTile<256, 2, 80, false>>(p, w, stream);", "return cudaErrorInvalidValue;"),
-    ("kCacheBytes = 32 << 20", "kCacheBytes = 200000"),
-)
+_REFUSED = "return cudaErrorInvalidValue;"
+_CUTS = {
+    "attention_sm90": (
+        ("return with_width<bf16>(p, w, s);", _REFUSED),
+        ("if (width <= 96) return with_bias<T, HopperTile<96, 2, 128, true>>(p, w, stream);", ""),
+        ("return with_bias<T, HopperTile<256, 2, 80, false>>(p, w, stream);", _REFUSED),
+        ("kCacheBytes = 32 << 20", "kCacheBytes = 200000"),
+    ),
+    "attention_sm90_backward": (
+        ("return with_width<bf16>(p, w, s);", _REFUSED),
+        ("if (width <= 96) return launch_backward<T, 96>(p, w, stream);", ""),
+        ("kStrips = 512", "kStrips = 4"),
+    ),
+}
 
 
-def cut_down(*changes: tuple[str, str]) -> Kernel:
-    return source("attention_sm90", *_CUTS, *changes)
+def cut_down(stem: str, *changes: tuple[str, str]) -> Kernel:
+    return source(stem, *_CUTS[stem], *changes)
 
 
 def check(name: str, dtype: torch.dtype, seed: int) -> None:
@@ -47,19 +55,20 @@ class Mutant:
     probe: str
     old: str
     new: str = ""
+    stem: str = "attention_sm90"
 
     def __str__(self) -> str:
         return self.title.replace(" ", "-")
 
     @property
     def kernel(self) -> Kernel:
-        return cut_down((self.old, self.new))
+        return cut_down(self.stem, (self.old, self.new))
 
     def outcomes(self, seed: int) -> Iterator[str]:
         """One word per run: "missed", "values" (a wrong result), or what the emulator said."""
-        for i, run in enumerate(RUNS):
+        for i, run in enumerate(RUNS[seed % 2 :: 2]):
             try:
-                with instead_of_cpu({"attention_sm90": self.kernel}, seed=seed + i, **run):
+                with instead_of_cpu({self.stem: self.kernel}, seed=seed + i, **run):
                     check(self.probe, torch.float16, seed)
                 yield "missed"
             except Found as found:
@@ -144,5 +153,65 @@ MUTANTS = [
         "plain",
         "ptx::mbarrier_expect(keys.barrier(count + i), Tile::key_bytes);",
         "ptx::mbarrier_expect(keys.barrier(count + i), Tile::key_bytes - 16);",
+    ),
+]
+
+
+def _backward(title: str, probe: str, old: str, new: str = "") -> Mutant:
+    return Mutant(title, probe, old, new, "attention_sm90_backward")
+
+
+_QUERY_PRODUCT = "issue_product(grad_query, left, shared.step(0, count));\n        ptx::wgmma_wait<0>();\n        "
+_AFTER = "ptx::wgmma_pin(flat(grad_query));\n        __syncwarp();  // all lanes are done with the strip\n        "
+_RELEASE = "key_ring.release(count);"
+MUTANTS += [
+    _backward(
+        "dP read while its product runs",
+        "causal",
+        "ptx::wgmma_wait<0>();\n        ptx::wgmma_pin(flat(ds));",
+        "ptx::wgmma_wait<1>();\n        ptx::wgmma_pin(flat(ds));",
+    ),
+    _backward(
+        "keys released before dQ has read them",
+        "many tiles",
+        _QUERY_PRODUCT + _AFTER + _RELEASE,
+        _RELEASE + _QUERY_PRODUCT + _AFTER,
+    ),
+    _backward("the first row's delta for both", "causal", "row_delta[e / 2]", "row_delta[0]"),
+    _backward("second row sees all, backward", "causal", "hide_unseen(s[0], 1, keys[1], first_key, 0);"),
+    _backward(
+        "sums of diagonals overwritten while they are read",
+        "slopes",
+        "ptx::bar_sync(kConsuming, kThreads);  // before the sums are written again",
+    ),
+    _backward(
+        "sums of diagonals read too early",
+        "slopes",
+        "ptx::bar_sync(kConsuming, kThreads);\n          sums.add_to",
+        "sums.add_to",
+    ),
+    _backward(
+        "steps of heads that share keys left out",
+        "causal",
+        "for (; head < heads_end; ++head, block = -1)",
+        "for (; head < heads_end; ++head)",
+    ),
+    _backward("stage filled before it is empty", "causal", "ring.wait_empty(n);\n      if (more) {", "if (more) {"),
+    _backward(
+        "vectors released before all lanes have them",
+        "causal",
+        "__syncwarp();  // all lanes are done with the stage's vectors",
+    ),
+    _backward(
+        "dK without the scale",
+        "causal",
+        "scaled[1][2] = {{float(p.scale), float(p.scale)}}, plain",
+        "scaled[1][2] = {{1, 1}}, plain",
+    ),
+    _backward(
+        "delta of queries that do not exist", "plain", "exists ? delta[row + query] : 0.0f", "delta[row + query]"
+    ),
+    _backward(
+        "keys in the place of values", "wide, causal", "shared.block(1), from.value", "shared.block(1), from.key"
     ),
 ]

@@ -78,7 +78,7 @@ def test_leaves_to_sm_80_what_it_cannot_do():
     assert _workspace(scale=0.0) == -1 and _workspace(scale=-1.0) == -1  # the largest product is not the highest score
     assert _workspace(k_len=0) == -1
     assert _workspace(head_dim=264) == -1 and _workspace(head_dim=60) == -1
-    assert _workspace(softcap=3.0) == -1
+    assert _workspace(softcap=3.0) == -1 and _workspace(rel_index=x.data_ptr()) == -1
 
 
 # --- Machine code ---

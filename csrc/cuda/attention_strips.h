@@ -118,8 +118,8 @@ inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cu
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
   if (p.diag_heads * w.strip_length > 0) {
     const int error =
-        ptx::launch(attention_strips_sum, strips_grid(p, w.strip_length), dim3(256), 0, stream, w.slots, p.batch, p.heads,
-                    w.slot_count, w.strip_length, p.diag_heads, p.diag_index ? w.strip_gradients : gradient);
+        ptx::launch(attention_strips_sum, strips_grid(p, w.strip_length), dim3(256), 0, stream, w.slots, p.batch,
+                    p.heads, w.slot_count, w.strip_length, p.diag_heads, p.diag_index ? w.strip_gradients : gradient);
     if (error) return error;
   }
   if (!p.diag_index || rows == 0) return cudaSuccess;

@@ -33,8 +33,8 @@ MUTANTS = [
     ),
     _Forward(
         "copies under way where nobody sees anything",
-        "ptx::cp_async_wait<0>();\n\n  softmax.finish();",
-        "softmax.finish();",
+        "ptx::cp_async_wait<0>();\n\n  softmax.finish(",
+        "softmax.finish(",
         "many queries",
     ),
     _Forward("a strip is overwritten while it is read", "strip + (tile + 1) % 2", "strip + tile % 2", "diagonal"),
@@ -42,7 +42,7 @@ MUTANTS = [
     _Forward(
         "the highest score of two lanes of four", "high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));", "", "plain"
     ),
-    _Forward("rows that see nothing yet", "high == -INFINITY ? 0.0f : high", "high", "documents"),
+    _Forward("rows that see nothing yet", "high == -INFINITY ? 0.0f : scale * high", "high", "documents"),
     _Forward("the last keys left out", "(range.end - 1) / columns + 1", "range.end / columns", "plain"),
     _Forward("keys of another head", "head / (heads / int(p.kv_heads))", "head % int(p.kv_heads)", "causal"),
     _Forward("an interval begins late", "begin <= key && key < end", "begin < key && key < end", "documents"),

@@ -163,6 +163,15 @@ def test_rows_per_expert(counts, dtype, cpu, session_seed):
     check(layer(len(rows), 20, 17, len(counts), 19, seed=session_seed), routing, "swiglu", cpu, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(("features", "hidden"), [(2102, 23), (22, 2101)], ids=str)
+def test_long_sums(features, hidden, dtype, cpu, session_seed):
+    """Sums of several stretches, of numbers of columns that divide no tile; few rows and many."""
+    counts = (1, 6, 9, 70)
+    routing = routed_by([e for e, count in enumerate(counts) for _ in range(count)], len(counts), seed=session_seed)
+    check(layer(sum(counts), features, hidden, len(counts), seed=session_seed), routing, "swiglu", cpu, dtype)
+
+
 @st.composite
 def problems(draw):
     e, width = draw(st.integers(1, 6)), st.one_of(st.integers(0, 5), st.integers(15, 40))

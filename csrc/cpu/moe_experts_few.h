@@ -15,9 +15,9 @@ template <class C>
 struct FewRows {
   using T = typename C::T;
   static constexpr int W = kWidth<T>;
-  static constexpr int64_t block = 16;          // rows of weights at a time
-  static constexpr int kTile = 4;               // rows, and rows of weights, of a tile of sums
-  using Products = T[kFewRows][block + kTile];  // the last tile may write past the last row of weights
+  static constexpr int64_t block = 16;  // rows of weights at a time
+  static constexpr int kTile = 4;       // rows, and rows of weights, of a tile of sums
+  using Products = T[kFewRows][block];
   DType dtype;
   const T* left;
   int64_t count, width, features;
@@ -98,12 +98,13 @@ struct FewRows {
     const T* x = left + m * width + part.k;
     while (r < end) {
       const bool whole = end - r >= kTile;  // else one row at a time, four times
-      tile<most, as_is>(part, part.weights + r * part.row_bytes, whole ? part.row_bytes : 0, x, &to[m][r], next);
+      tile<most, as_is>(part, part.weights + r * part.row_bytes, whole, x, &to[m][r], next);
       r += whole ? kTile : 1;
     }
   }
   template <int most, bool as_is>
-  INLINE void tile(const Part& part, const char* w, int64_t row_bytes, const T* x, T* to, Ahead& next) const {
+  INLINE void tile(const Part& part, const char* w, bool whole, const T* x, T* to, Ahead& next) const {
+    const int64_t row_bytes = whole ? part.row_bytes : 0;
     Vec<T> sum[most][kTile];
     UNROLL for (int i = 0; i < most; ++i) UNROLL for (int a = 0; a < kTile; ++a) sum[i][a] = vset(T(0));
     auto step = [&](const T* x, const char* w, const auto& load) INLINE_LAMBDA {
@@ -130,7 +131,11 @@ struct FewRows {
       step(x, w, [&](const char* from) { return load_elements(dtype, from, features - (part.k + k) * C::pair); });
     UNROLL for (int i = 0; i < most; ++i) {
       auto four = reduce_add4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-      T* at = to + i * (block + kTile);
+      T* at = to + i * block;
+      if (!whole) {
+        *at = part.k ? *at + four[0] : four[0];
+        continue;
+      }
       if (part.k) {
         decltype(four) before;
         memcpy(&before, at, sizeof before);

@@ -18,8 +18,7 @@ def _cuda(op: str, problem: tuple) -> str | None:
     if "cuda" not in _kernels(op):
         return f"no CUDA kernel in this build for {op}"
     why = _native.cuda_reason(problem[0]) or _unsupported("CUDA", problem, _checks.GPU_FLOATING)
-    limits = _OPS[op].limits.get("cuda")
-    return why or (None if limits is None else limits(problem))
+    return why or _limited(op, "cuda", problem)
 
 
 def _cpu(op: str, problem: tuple) -> str | None:
@@ -36,8 +35,13 @@ def _triton(op: str, problem: tuple) -> str | None:
     if "triton" not in _kernels(op):
         return f"no Triton kernel in this build for {op}"
     why = _triton_runtime.reason(problem[0]) or _unsupported("Triton", problem, _checks.GPU_FLOATING)
-    limits = _OPS[op].limits.get("triton")
-    return why or (None if limits is None else limits(problem))
+    return why or _limited(op, "triton", problem)
+
+
+def _limited(op: str, backend: str, problem: tuple) -> str | None:
+    """What the op says against the problem on this backend."""
+    limits = _OPS[op].limits.get(backend)
+    return None if limits is None else limits(problem)
 
 
 def _reference(op: str, problem: tuple) -> str | None:

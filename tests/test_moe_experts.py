@@ -172,6 +172,16 @@ def test_long_sums(features, hidden, dtype, cpu, session_seed):
     check(layer(sum(counts), features, hidden, len(counts), seed=session_seed), routing, "swiglu", cpu, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("features", [1056, 1051], ids=str)
+def test_large_gradients(features, dtype, cpu, session_seed):
+    """Gradients of weights from 8 MiB on go past the caches where rows are aligned."""
+    experts = 4
+    assert experts * 1056 * features * dtype.itemsize >= 8 << 20
+    leaves = layer(20, features, 1056, experts, activation="gelu", dtype=dtype, seed=session_seed)
+    check(leaves, routed(20, experts, 2, session_seed), "gelu", cpu, dtype)
+
+
 @st.composite
 def problems(draw):
     e, width = draw(st.integers(1, 6)), st.one_of(st.integers(0, 5), st.integers(15, 40))

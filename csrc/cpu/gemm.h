@@ -311,7 +311,10 @@ void pack_rows(DType dtype, const Source& rows, int64_t padded, int64_t features
   }
 }
 
-// ---- scratch memory ----
+// ---- memory ----
+
+// Results from this size on go past the caches: a store to memory that is in no cache would first read it.
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;
 
 // Grow-only and reused across calls: fresh pages cost more than the arithmetic they hold.
 struct Buffer {

@@ -1,5 +1,5 @@
-// Experts with a few rows: their products are bound by reading the weights, which are read once, as they are, and
-// multiplied with rows in their own order of memory.
+// Experts with a few rows: packing their weights would take as long as multiplying. The weights are read once, as they
+// are, and multiplied with rows in their own order of memory.
 #pragma once
 #include "moe_experts_parts.h"
 

@@ -33,6 +33,10 @@ except ImportError:  # no native module on this machine: the reference is measur
 
 Tensors = dict[str, torch.Tensor]
 PROBE_SECONDS = 0.01
+#: After a longer pause than this a contender runs once before its clock starts. A virtual machine hands memory that has
+#: been free for two seconds back to its host (free page reporting); what then first touches it waits for the host, as
+#: long as 40 to 100 ms for 200 MB. So a peer that takes seconds would slow down whoever comes after it.
+PAUSE_SECONDS = 1.0
 
 
 # --- What a case is -------------------------------------------------------------------------------------------------
@@ -284,6 +288,7 @@ class Rotation:
         self.peaks: list[float] = []
         self.bandwidths: list[float] = []
         self.loops: dict[str, int] = {}
+        self.ended: dict[str, float] = {}  # when each contender's last call did
         self.home_isa = native.isa() if native else None
 
     def warm_up(self) -> float:
@@ -321,9 +326,13 @@ class Rotation:
             self._prepare(contender)
         call, loops = contender.call, self.loops.get(contender.name, 1)
         start = time.perf_counter()
+        if start - self.ended.get(contender.name, start) > PAUSE_SECONDS:
+            call()
+            start = time.perf_counter()
         for _ in range(loops):
             call()
-        self.seconds[contender.name].append((time.perf_counter() - start) / loops)
+        end = self.ended[contender.name] = time.perf_counter()
+        self.seconds[contender.name].append((end - start) / loops)
 
     def measured(self) -> Measured:
         return Measured(

@@ -43,7 +43,7 @@ INLINE D normal_distribution(D x, D* density) {
 // 1 / (1 + e^-x) and 1 minus that, both without cancellation.
 template <class V>
 INLINE V sigmoid(V x, V& rest) {
-  const V e = vexp(vsub(like(x, 0), vabs(x))), large = vdiv(like(x, 1), vadd(like(x, 1), e));
+  const V e = vexp(vsub(like(x, 0), vabs(x))), large = vreciprocal(vadd(like(x, 1), e));
   const V small = vmul(e, large);
   const Lanes negative = less(x, like(x, 0));
   rest = select(negative, large, small);

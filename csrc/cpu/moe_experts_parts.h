@@ -20,6 +20,9 @@ namespace {
 // Steps of one sum, in packed elements: so much of a panel stays in L1, and longer sums are sums of such sums, which
 // lose fewer bits. 256 gain nothing, 96 lose 2 %.
 constexpr int64_t kDepth = 128;
+// Panels that are packed at a time where source rows are steps: their addresses are found once, and they are read in
+// longer pieces. 5 % of training 64 experts with 32 rows each (bf16, Zen 5); with 16 the panels leave L1.
+constexpr int64_t kTogether = 4;
 // Rows that share a packed piece of weights: packing costs as much as the products of a dozen rows.
 constexpr int64_t kPieceRows = kRows * 64;
 
@@ -147,7 +150,8 @@ INLINE Ahead<Source> look_ahead(const Source& rows, const Turn& turn, int64_t co
   return {rows, begin, end, bytes, ceil_div((end - begin) * ceil_div(bytes + 63, 64), asks)};
 }
 
-// A right operand whose columns are source rows, packed into `packed` when it is needed.
+// A right operand whose columns are source rows, packed into `packed` when it is needed. at(n, count, k, steps) gives
+// steps [k, k + steps) of `count` panels from n on, at most `together`, kDepth steps apart.
 template <class C, class Source>
 struct ColumnsOf {
   using T = typename C::T;
@@ -155,7 +159,8 @@ struct ColumnsOf {
   Source rows;
   int64_t features;
   T* packed;
-  INLINE const T* at(int64_t n, int64_t k, int64_t steps) const {
+  static constexpr int64_t together = 1;
+  INLINE const T* at(int64_t n, int64_t, int64_t k, int64_t steps) const {
     const int64_t first = k * C::pair, count = min_of(steps * C::pair, features - first);
     const Source from = rows.from(n * kPanel<T>, first * element_size(dtype));
     const char* found[kPanel<T>];  // once, not for every few steps
@@ -179,9 +184,11 @@ struct RowsOf {
   Source rows;
   int64_t features;
   T* packed;
-  INLINE const T* at(int64_t n, int64_t k, int64_t steps) const {
+  static constexpr int64_t together = kTogether;
+  INLINE const T* at(int64_t n, int64_t count, int64_t k, int64_t steps) const {
     const Source from = rows.from(k * C::pair, n * kPanel<T> * element_size(dtype));
-    pack_rows<C>(dtype, from, steps * C::pair, min_of<int64_t>(kPanel<T>, features - n * kPanel<T>), 0, packed);
+    const int64_t columns = min_of<int64_t>(count * kPanel<T>, features - n * kPanel<T>);
+    pack_rows<C>(dtype, from, steps * C::pair, columns, kDepth * kPanel<T>, packed);
     return packed;
   }
   // So many that all of them need of some rows is read in its order of memory, and that their sums stay in L2.
@@ -199,11 +206,12 @@ struct Panels {
   T* base;
   int64_t stride;
   INLINE T* operator[](int64_t n) const { return base + n * stride; }
-  INLINE const T* at(int64_t n, int64_t k, int64_t) const { return base + n * stride + k * kPanel<T>; }
+  static constexpr int64_t together = 1;
+  INLINE const T* at(int64_t n, int64_t, int64_t k, int64_t) const { return base + n * stride + k * kPanel<T>; }
   static int64_t group(int64_t) { return 1; }
   INLINE Ahead<Rows> ahead(const Turn& next, int64_t asks) const {
     const int64_t bytes = kDepth * kPanel<T> * int64_t(sizeof(T));
-    return look_ahead(Rows{(const char*)at(next.n, next.k, 0), 0, 1}, next, 1, bytes, asks);
+    return look_ahead(Rows{(const char*)at(next.n, 1, next.k, 0), 0, 1}, next, 1, bytes, asks);
   }
 };
 
@@ -272,8 +280,9 @@ INLINE void multiply_panels(const Left& left, int64_t rows, int64_t depth, const
     do {
       const int64_t steps = min_of(kDepth, depth - k);
       const bool last = k + steps >= depth;
-      for (int64_t i = 0; i < count; ++i) {
-        const T* panel = right.at(n + i, k, steps);
+      const T* panel = nullptr;
+      for (int64_t i = 0; i < count; ++i, panel += kDepth * kPanel<T>) {
+        if (i % Right::together == 0) panel = right.at(n + i, min_of(Right::together, count - i), k, steps);
         auto next = right.ahead(last ? Turn{n + count, group, 0, i, count} : Turn{n, count, k + steps, i, count}, asks);
         for (int64_t row = 0; row < rows; row += kRows) {
           Tile<C> tile;

@@ -164,12 +164,5 @@ extern "C" int pyext_cuda_attention_forward(const pyext::AttentionProblem& p, vo
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
   const AttentionWorkspace w(p, p.workspace, false);
   if (const int error = expand_strips(p, w, s)) return error;
-  switch (p.dtype) {
-    case DType::bf16:
-      return with_width<bf16>(p, w, s);
-    case DType::f16:
-      return with_width<f16>(p, w, s);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_half(p.dtype, [&](auto element) { return with_width<decltype(element)>(p, w, s); });
 }

@@ -270,12 +270,5 @@ extern "C" int pyext_cuda_attention_backward(const pyext::AttentionProblem& p, v
   const auto s = static_cast<cudaStream_t>(stream);
   if (p.rel_index || !fits_tiles(p, p.query, p.key, p.value, p.out, p.grad_out)) return cudaErrorInvalidValue;
   const AttentionWorkspace w = workspace_of(p, p.workspace);
-  switch (p.dtype) {
-    case DType::bf16:
-      return with_width<bf16>(p, w, s);
-    case DType::f16:
-      return with_width<f16>(p, w, s);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_half(p.dtype, [&](auto element) { return with_width<decltype(element)>(p, w, s); });
 }

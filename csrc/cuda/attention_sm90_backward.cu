@@ -457,12 +457,5 @@ extern "C" int pyext_cuda_attention_backward_sm90(const pyext::AttentionProblem&
   const auto s = static_cast<cudaStream_t>(stream);
   if (pyext_cuda_attention_backward_sm90_workspace(p) < 0) return cudaErrorInvalidValue;
   const AttentionWorkspace w = workspace_of(p, p.workspace);
-  switch (p.dtype) {
-    case DType::bf16:
-      return with_width<bf16>(p, w, s);
-    case DType::f16:
-      return with_width<f16>(p, w, s);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_half(p.dtype, [&](auto element) { return with_width<decltype(element)>(p, w, s); });
 }

@@ -92,12 +92,10 @@ bool has_aligned_rows(DType dtype, const Tensors&... tensors) {
   return (aligned(tensors) && ...);
 }
 
-// Calls of_type(element) with a value of the element type. There are no kernels for fp64.
+// Calls of_type(element) with a value of the element type, one of 16 bits.
 template <class F>
-int with_element(DType dtype, const F& of_type) {
+int with_half(DType dtype, const F& of_type) {
   switch (dtype) {
-    case DType::f32:
-      return of_type(float());
     case DType::bf16:
       return of_type(bf16());
     case DType::f16:
@@ -105,6 +103,13 @@ int with_element(DType dtype, const F& of_type) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+// The same with floats, too. There are no kernels for fp64.
+template <class F>
+int with_element(DType dtype, const F& of_type) {
+  if (dtype == DType::f32) return of_type(float());
+  return with_half(dtype, of_type);
 }
 
 // The same with the elements that a thread moves at once: 16 bytes if `vectors`, else one.

@@ -27,13 +27,11 @@ RUNS = [
 _REFUSED = "return cudaErrorInvalidValue;"
 _CUTS = {
     "attention_sm90": (
-        ("return with_width<bf16>(p, w, s);", _REFUSED),
         ("if (width <= 96) return with_bias<T, HopperTile<96, 2, 128, true>>(p, w, stream);", ""),
         ("return with_bias<T, HopperTile<256, 2, 80, false>>(p, w, stream);", _REFUSED),
         ("kCacheBytes = 32 << 20", "kCacheBytes = 200000"),
     ),
     "attention_sm90_backward": (
-        ("return with_width<bf16>(p, w, s);", _REFUSED),
         ("if (width <= 96) return launch_backward<T, 96>(p, w, stream);", ""),
         ("kStrips = 512", "kStrips = 4"),
     ),

@@ -69,7 +69,7 @@ _OTHER_WIDTHS = "if (width <= {0}) return {1}<T, {2}>(p, w, stream);".format
 _CUTS = {
     "glu": (*_OTHER_DTYPES, *_OTHER_ACTIVATIONS),
     "attention_sm80": (
-        ("return with_width<bf16>(p, w, s);", _REFUSED),
+        ("return of_type(bf16());", _REFUSED),
         *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, 64>"), "") for n in (96, 128)),
         (_OTHER_WIDTHS(256, "with_bias", "ForwardTile<256, 1, 8, 32>"), ""),
         *(
@@ -79,7 +79,7 @@ _CUTS = {
         ),
     ),
     "attention_sm80_backward": (
-        ("return with_width<bf16>(p, w, s);", _REFUSED),
+        ("return of_type(bf16());", _REFUSED),
         *((_OTHER_WIDTHS(n, "launch_backward", n), "") for n in (96, 128)),
     ),
 }

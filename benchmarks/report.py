@@ -63,12 +63,14 @@ def run(pattern: str, threads: int, budget: float, seed: int | None) -> dict:
 
 def check_only(pattern: str, threads: int, seed: int | None) -> int:
     """Prints the error of every case's tensors; returns how many cases are wrong."""
-    from .harness import check, machine_state
+    from .harness import checked, machine_state
 
     wrong = 0
     for case in tqdm([c for c in selected(pattern, threads) if c.setup], unit="case", disable=None):
         with machine_state(case.threads, case.isa):
-            error = check(case.setup(case.seed if seed is None else seed))
+            _, error = checked(case, case.seed if seed is None else seed)
+        if error is None:
+            continue
         wrong += not error["ok"]
         for name, t in error["tensors"].items():
             limits = f"max {t['max']:.2e} of {t['allowed']:.2e}, rms {t['rms']:.2e} of {t['allowed_rms']:.2e}"

@@ -73,7 +73,7 @@ def test_gradients_reach_t5_tables(example, shared):
     torch.manual_seed(1)
     batch = next(example.batches(torch.arange(1000) % 256, config, 2, seed=3))
     attends = example.PyextAttention(), example.TorchAttention()
-    for run in shared.make_runs(example.Model(config, attends[0]), attends, 1e-3, compiled=False):
+    for run in shared.make_runs(shared.attending(example.Model(config, attends[0]), attends), 1e-3, compiled=False):
         run.model(batch).backward()
         for stack in (run.model.encoder, run.model.stack):
             assert stack.table.grad.abs().max() > 0
@@ -145,7 +145,7 @@ def test_gradients_agree(shared, name):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     gradients = []
-    for run in shared.make_runs(model, attends, 1e-3, compiled=False):
+    for run in shared.make_runs(shared.attending(model, attends), 1e-3, compiled=False):
         run.model(batch).backward()
         gradients.append({key: p.grad for key, p in run.model.named_parameters()})
     for key, wanted in gradients[1].items():
@@ -192,10 +192,10 @@ def test_parallel_started_by_torchrun(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
 @pytest.mark.parametrize("mixture", ["mixtral", "switch"])
-def test_parallel_by_itself(parallel, mixture, tmp_path):
+def test_parallel_by_itself(parallel, shared, mixture, tmp_path):
     runs = parallel.main([*FEW, "--moe", mixture, "--out", str(tmp_path / "curves.png")])
     assert [len(run.losses) for run in runs] == [3, 3] and runs[1].losses[-1] < runs[1].losses[0]
-    assert parallel.apart(runs) < 1e-4
+    assert shared.apart(runs)[0] < 1e-4
 
 
 def test_parallel_bad_arguments(parallel, capsys):

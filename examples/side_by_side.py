@@ -91,6 +91,15 @@ def attending(model: nn.Module, attends: Sequence) -> dict[str, nn.Module]:
     return twins
 
 
+def published_and_patched(model: nn.Module) -> dict[str, nn.Module]:
+    """A model that holds one of Transformers: a patched copy, and itself."""
+    from pyext.integrations.transformers import patch
+
+    ours = copy.deepcopy(model)
+    print(patch(ours))
+    return {"pyext": ours, "Transformers": model}
+
+
 def make_runs(models: Mapping[str, nn.Module], learning_rate: float, compiled: bool) -> list[Run]:
     runs = []
     for name, model in models.items():

@@ -7,8 +7,8 @@
 
 Small models of random weights, patched by `pyext.integrations.transformers.patch(model)`, learn the source code of
 Python's standard library for some steps, a text of `--prompt` bytes at a time. Then they continue texts that they have
-not seen: greedily and by beam search, with a cache that grows and one of fixed size. The same weights, unpatched, do it
-with "eager" attention and, where Transformers has it for the model, with "sdpa". Nothing is downloaded.
+not seen: greedily, by beam search and by chance, with a cache that grows and one of fixed size. The same weights,
+unpatched, do it with "eager" attention and, where Transformers has it for the model, "sdpa". Nothing is downloaded.
 
 Printed: new tokens per second of the whole call, prompt included, and how many of the tokens are those of eager
 attention: all, unless two continuations were equally likely up to rounding. One picture shows the speeds. `--compile`
@@ -35,7 +35,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from pyext.integrations.transformers import patch, unpatch
 
 THEIRS = {"llama": ("eager", "sdpa"), "bloom": ("eager",)}  # what Transformers has
-SEARCHES = {"greedy": {}, "beams": {"num_beams": 4}}
+SEARCHES = {"greedy": {}, "beams": {"num_beams": 4}, "sample": {"do_sample": True}}
 CACHES = ("dynamic", "static")
 
 
@@ -106,7 +106,8 @@ class Row:
 
 
 def generate(model: nn.Module, prompts: torch.Tensor, count: int, row: Row) -> torch.Tensor:
-    options = dict(SEARCHES[row.search], cache_implementation=row.cache, do_sample=False)
+    options = {"cache_implementation": row.cache, "do_sample": False, **SEARCHES[row.search]}
+    torch.manual_seed(0)  # the same chances for all
     out = model.generate(
         prompts, attention_mask=torch.ones_like(prompts), min_new_tokens=count, max_new_tokens=count, **options
     )
@@ -136,21 +137,24 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
         speeds = (f"{row.speed(name):,.0f}" if name in row.seconds else "" for name in ("pyext", "eager", "sdpa"))
         columns = " ".join(f"{speed:>9s}" for speed in speeds)
         print(f"{row.arch:6s}{row.search:7s}{row.cache:8s} {columns}   {row.equal} of {row.written['pyext'].numel()}")
+    text = bytes(rows[-1].written["pyext"][0].clamp(max=255).tolist()).decode(errors="replace")
+    print(f"The last of them, in part: {text!r}")
     print(f"Picture: {args.out}")
 
 
 def draw(rows: list[Row], args: argparse.Namespace) -> None:
-    figure, axes = pyplot().subplots(figsize=(7, 3.5))
+    figure, axes = pyplot().subplots(figsize=(8, 3.5))
     colours = {"pyext": "#1f6f8b", "eager": "black", "sdpa": "grey"}
     for place, (name, colour) in enumerate(colours.items()):
         at = [i for i, row in enumerate(rows) if name in row.seconds]
         heights = [rows[i].speed(name) for i in at]
         axes.bar([i + 0.27 * (place - 1) for i in at], heights, width=0.25, color=colour, label=name)
-    axes.set_xticks(range(len(rows)), [f"{row.arch}\n{row.search}\n{row.cache}" for row in rows], fontsize=8)
+    axes.set_xticks(range(len(rows)), [f"{row.arch}\n{row.search}\n{row.cache}" for row in rows], fontsize=7)
     axes.set_ylabel("new tokens per second")
     title = f"{args.batch} texts of {args.prompt} bytes, {args.layers} layers of width {args.width}"
     axes.set_title(f"{title}, {args.dtype}, {args.threads} thread(s)", fontsize=10)
-    axes.legend(frameon=False)
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, ncols=len(colours))
     save(figure, args.out)
 
 

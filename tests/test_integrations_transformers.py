@@ -347,21 +347,6 @@ def test_autocast(dtype):
     torch.testing.assert_close(got.float(), model(ids).logits, rtol=0.1, atol=0.15)
 
 
-def test_trainer(tmp_path):
-    pytest.importorskip("accelerate")
-    model = patched(llama())
-    data = [dict(input_ids=row, labels=row) for row in tokens(16, 8)]
-    arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no"
-    )
-    before = copy.deepcopy(model.state_dict())
-    trainer = transformers.Trainer(model, arguments, train_dataset=data)
-    with Watch() as watch:
-        loss = trainer.train().training_loss
-    assert loss > 0 and {"attention", "gated_mlp", "rotary"} <= watch.ops.keys()
-    assert any(not torch.equal(a, before[name]) for name, a in model.state_dict().items())
-
-
 def test_saved_models_are_published_ones(tmp_path):
     model = patched(llama())
     model.save_pretrained(tmp_path)

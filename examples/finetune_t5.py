@@ -13,7 +13,7 @@ Without `--model` the model is a small T5 1.1 of random weights, and nothing is 
 that `from_pretrained` finds, by name or in a directory. Tokens are ByT5's: a byte's value plus 3. The encoder reads L
 bytes of the source code of Python's standard library, the decoder learns the L bytes that follow. Both models start
 from the same weights, have no dropout and see the same batches, one training after the other, on a GPU where there is
-one. Needs `transformers` >= 5 and `accelerate`.
+one. Needs `transformers` >= 5.4 and `accelerate`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ unpatched, do it with "eager" attention and, where Transformers has it for the m
 
 Printed: new tokens per second of the whole call, prompt included, and how many of the tokens are those of eager
 attention: all, unless two continuations were equally likely up to rounding. One picture shows the speeds. `--compile`
-puts the models through `torch.compile`. Needs `transformers` >= 5.
+puts the models through `torch.compile`. Needs `transformers` >= 5.4.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ distances and projections of their own in version 1.
 
 The task is BERT's, on padded texts: of 15 % of the bytes, 80 % are hidden, 10 % replaced, 10 % left. The text is the
 source code of Python's standard library; nothing is downloaded. Both models start from the same weights, have no
-dropout, see the same batches, and their steps alternate. Needs `transformers` >= 5.
+dropout, see the same batches, and their steps alternate. Needs `transformers` >= 5.4.
 """
 
 from __future__ import annotations

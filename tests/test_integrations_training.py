@@ -169,7 +169,10 @@ def test_peft(name, kind, order):
     if name in DECODERS + ENCODER_DECODERS:
         generates_the_same(got, wanted, name, ("greedy", "beams"))
     for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, reference[key], rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+        size = reference[key].abs().max().item()  # T5 as it is initialised has gradients of 10
+        torch.testing.assert_close(
+            gradient, reference[key], rtol=1e-3, atol=1e-3 * max(size, 1), msg=lambda m, k=key: f"{k}: {m}"
+        )
     if kind == "LoRA":
         merged = got.merge_and_unload()
         same(merged(**given).logits, theirs, name, given["attention_mask"])

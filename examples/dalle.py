@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from side_by_side import Run, arguments, checked, side_by_side
+from side_by_side import Run, arguments, attending, checked, side_by_side
 from torch import nn
 
 import pyext
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     model = Model(config, PyextAttention())
     streams = (batches(args.side, args.batch, args.seed + n) for n in range(2))
     title = f"DALL-E, {args.side} x {args.side} tokens"
-    return side_by_side(model, (PyextAttention(), TorchAttention()), *streams, title, args)
+    return side_by_side(attending(model, (PyextAttention(), TorchAttention())), *streams, title, args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What the examples share: a text, the training of two models in turns, the report and the picture.
 
-An example makes a model whose attention is an object, `attend`, and copies it with another `attend`: the copies start
-from the same weights and see the same batches, and their steps alternate, so that their times can be compared. A batch
-has `tokens`, the number of positions that count for the speed; a model takes a batch and returns its loss.
+An example makes a model twice, of the same weights: one whose attention is an object, `attend`, is copied with another
+`attend`, one of Transformers is copied and patched. Both see the same batches, and their steps alternate, so that their
+times can be compared. A batch has `tokens`, the number of positions that count for the speed; a model takes a batch and
+returns its loss.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import statistics
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,12 +58,10 @@ def pieces(text: torch.Tensor, span: int, count: int, generator: torch.Generator
 
 
 @dataclass
-class Run:
-    """One of the two models with its optimiser and what it has measured so far."""
+class Curve:
+    """What a training has measured so far."""
 
     name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)  # tokens per second, step by step
     validation: float = math.nan
@@ -73,16 +72,39 @@ class Run:
         return statistics.median(self.rates[2:] or self.rates)
 
 
-def make_runs(model: nn.Module, attends: Sequence, learning_rate: float, compiled: bool) -> list[Run]:
+@dataclass(kw_only=True)
+class Run(Curve):
+    """One of the two models with its optimiser."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def attending(model: nn.Module, attends: Sequence) -> dict[str, nn.Module]:
     """A copy of the model for each way to attend: modules that have an `attend` get it."""
-    runs = []
+    twins = {}
     for attend in attends:
-        twin = copy.deepcopy(model)
-        for module in twin.modules():
+        twins[attend.name] = copy.deepcopy(model)
+        for module in twins[attend.name].modules():
             if hasattr(module, "attend"):
                 module.attend = attend
-        optimizer = torch.optim.AdamW(twin.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-        runs.append(Run(attend.name, torch.compile(twin) if compiled else twin, optimizer))
+    return twins
+
+
+def published_and_patched(model: nn.Module) -> dict[str, nn.Module]:
+    """A model that holds one of Transformers: a patched copy, and itself."""
+    from pyext.integrations.transformers import patch
+
+    ours = copy.deepcopy(model)
+    print(patch(ours))
+    return {"pyext": ours, "Transformers": model}
+
+
+def make_runs(models: Mapping[str, nn.Module], learning_rate: float, compiled: bool) -> list[Run]:
+    runs = []
+    for name, model in models.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+        runs.append(Run(name, model=torch.compile(model) if compiled else model, optimizer=optimizer))
     return runs
 
 
@@ -124,47 +146,60 @@ def validate(runs: list[Run], stream: Iterator, dtype: torch.dtype, count: int =
 # --- The report -----------------------------------------------------------------------------------------------------
 
 
-def apart(runs: list[Run]) -> tuple[float, float]:
+def apart(runs: Sequence[Curve]) -> tuple[float, float]:
     """(largest, mean) difference of the two loss curves, in nats."""
     gaps = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
     return max(gaps), statistics.mean(gaps)
 
 
-def report(runs: list[Run], title: str, args: argparse.Namespace) -> None:
+def report(runs: Sequence[Curve], title: str, args: argparse.Namespace) -> None:
     largest, mean = apart(runs)
     for run in runs:
         print(
-            f"{run.name:8s} {run.speed:10,.0f} tokens/s   loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f}, "
+            f"{run.name:12s} {run.speed:10,.0f} tokens/s   loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f}, "
             f"validation {run.validation:.4f} nats per token"
         )
-    print(f"pyext trains {runs[0].speed / runs[1].speed:.2f} times as fast as PyTorch ({title}, {args.dtype}).")
+    print(f"pyext trains {runs[0].speed / runs[1].speed:.2f} times as fast as {runs[1].name} ({title}, {args.dtype}).")
     print(f"Loss curves: {largest:.1e} apart at most, {mean:.1e} on average, over {args.steps} steps.")
     print(f"Picture: {args.out}")
 
 
-def draw(runs: list[Run], title: str, args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(runs: Sequence[Curve], title: str, out: Path) -> None:
+    """Both loss curves, and how far apart they are."""
+    plt = pyplot()
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1))
     styles = {"color": "#1f6f8b", "linewidth": 3.5, "alpha": 0.6}, {"color": "black", "linewidth": 1}
     for run, style in zip(runs, styles, strict=True):
         top.plot(run.losses, label=f"{run.name}: {run.speed:,.0f} tokens/s", **style)
     top.set_ylabel("loss, nats per token")
-    top.set_title(
-        f"{title}, {args.dtype}: {args.layers} layers of width {args.width}, {args.threads} thread(s)", fontsize=10
-    )
+    top.set_title(title, fontsize=10)
     top.legend(frameon=False)
     gaps = [max(abs(a - b), 1e-9) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
     bottom.semilogy(gaps, color="grey", linewidth=1)
     bottom.set_ylabel("|difference|")
     bottom.set_xlabel("step")
+    save(figure, out)
+
+
+def sizes(title: str, args: argparse.Namespace) -> str:
+    """The title of a picture."""
+    return f"{title}, {args.dtype}: {args.layers} layers of width {args.width}, {args.threads} thread(s)"
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save(figure, out: Path) -> None:
     figure.tight_layout()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110)
-    plt.close(figure)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    pyplot().close(figure)
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
@@ -201,15 +236,19 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: Se
 
 
 def side_by_side(
-    model: nn.Module, attends: Sequence, stream: Iterator, held_out: Iterator, title: str, args: argparse.Namespace
+    models: Mapping[str, nn.Module], stream: Iterator, held_out: Iterator, title: str, args: argparse.Namespace
 ) -> list[Run]:
-    """Train, validate, report and draw."""
+    """Train, validate, report and draw two models, the first of them pyext's."""
     dtype = DTYPES[args.dtype]
-    runs = make_runs(model, attends, args.learning_rate, args.compile)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{title}: {parameters / 1e6:.1f} M parameters, {args.threads} thread(s)")
+    runs = make_runs(models, args.learning_rate, args.compile)
+    announce(title, runs[0].model, args)
     train(runs, stream, args.steps, args.learning_rate, dtype)
     validate(runs, held_out, dtype)
-    draw(runs, title, args)
+    draw(runs, sizes(title, args), args.out)
     report(runs, title, args)
     return runs
+
+
+def announce(title: str, model: nn.Module, args: argparse.Namespace) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{title}: {parameters / 1e6:.1f} M parameters, {args.threads} thread(s)")

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from side_by_side import Run, arguments, checked, corpus, pieces, side_by_side
+from side_by_side import Run, arguments, attending, checked, corpus, pieces, side_by_side
 from torch import nn
 
 import pyext
@@ -309,9 +309,8 @@ def main(argv: list[str] | None = None) -> list[Run]:
     torch.manual_seed(args.seed)
     model = Model(config, PyextAttention())
     streams = (batches(part, config, args.batch, args.seed + n) for n, part in enumerate(corpus()))
-    return side_by_side(
-        model, (PyextAttention(), TorchAttention()), *streams, f"{args.arch}, {args.length} bytes", args
-    )
+    models = attending(model, (PyextAttention(), TorchAttention()))
+    return side_by_side(models, *streams, f"{args.arch}, {args.length} bytes", args)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from side_by_side import corpus
+from side_by_side import Curve, apart, corpus, draw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -130,20 +129,13 @@ class Model(nn.Module):
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """A model, how it is trained, and what that has measured so far."""
+@dataclass(kw_only=True)
+class Run(Curve):
+    """A model and how it is trained."""
 
-    name: str
     model: Model  # itself
     wrapped: nn.Module  # as it is called
     ep: ExpertParallel | None = None
-    losses: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)  # tokens per second, step by step
-
-    @property
-    def speed(self) -> float:
-        return statistics.median(self.rates[2:] or self.rates)
 
     @property
     def parameters(self) -> int:
@@ -164,7 +156,8 @@ def make_runs(args: argparse.Namespace, config: Config, device: torch.device) ->
     many, one = models
     # Experts are not the same on all processes, and their gradients are complete.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(many, list(expert_parameters(many)))
-    return Run(f"{ep.size} process(es)", many, DistributedDataParallel(many), ep), Run("1 process", one, one)
+    wrapped = DistributedDataParallel(many)
+    return Run(f"{ep.size} process(es)", model=many, wrapped=wrapped, ep=ep), Run("1 process", model=one, wrapped=one)
 
 
 def train(run: Run, args: argparse.Namespace, config: Config, text: torch.Tensor, device: torch.device) -> None:
@@ -196,11 +189,6 @@ def train(run: Run, args: argparse.Namespace, config: Config, text: torch.Tensor
 # --- The report -----------------------------------------------------------------------------------------------------
 
 
-def apart(runs: tuple[Run, Run]) -> float:
-    """The largest difference of the two loss curves, in nats per byte."""
-    return max(abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True))
-
-
 def report(runs: tuple[Run, Run], args: argparse.Namespace) -> None:
     print(f"{'':14s}  {'parameters':>10s}  {'bytes of text':>13s}  {'tokens/s':>9s}  loss, nats per byte")
     for run in runs:
@@ -209,28 +197,8 @@ def report(runs: tuple[Run, Run], args: argparse.Namespace) -> None:
             f"{run.name:14s}  {run.parameters / 1e6:8.2f} M  {f'{args.batch} x {length}':>13s}  {run.speed:9,.0f}  "
             f"{run.losses[0]:.4f} -> {run.losses[-1]:.4f}"
         )
-    print(f"Parameters and text are per process. Losses: {apart(runs):.1e} apart at most, over {args.steps} steps.")
+    print(f"Parameters and text are per process. Losses: {apart(runs)[0]:.1e} apart at most, over {args.steps} steps.")
     print(f"Picture: {args.out}")
-
-
-def draw(runs: tuple[Run, Run], args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.5))
-    styles = {"color": "#1f6f8b", "linewidth": 3.5, "alpha": 0.6}, {"color": "black", "linewidth": 1}
-    for run, style in zip(runs, styles, strict=True):
-        axes.plot(run.losses, label=run.name, **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per byte")
-    axes.set_title(f"{args.moe}, {args.experts} experts, length {args.length}", fontsize=10)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110)
-    plt.close(figure)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -284,13 +252,13 @@ def main(argv: list[str] | None = None) -> tuple[Run, Run]:
         train(runs[0], args, config, text, device)
         if is_first:
             train(runs[1], args, config, text, device)
-            draw(runs, args)
+            draw(runs, f"{args.moe}, {args.experts} experts, length {args.length}", args.out)
             report(runs, args)
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    if is_first and apart(runs) > TOLERANCE:
-        raise SystemExit(f"The losses are {apart(runs):.1e} apart, more than {TOLERANCE:.0e}.")
+    if is_first and apart(runs)[0] > TOLERANCE:
+        raise SystemExit(f"The losses are {apart(runs)[0]:.1e} apart, more than {TOLERANCE:.0e}.")
     return runs
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from side_by_side import Run, arguments, checked, corpus, pieces, side_by_side
+from side_by_side import Run, arguments, attending, checked, corpus, pieces, side_by_side
 from torch import nn
 
 import pyext
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     model = Model(config, PyextAttention())
     streams = (batches(part, config, args.batch, args.seed + n) for n, part in enumerate(corpus()))
     title = f"XLNet, {args.length} bytes"
-    return side_by_side(model, (PyextAttention(), TorchAttention()), *streams, title, args)
+    return side_by_side(attending(model, (PyextAttention(), TorchAttention())), *streams, title, args)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_gradients_reach_t5_tables(example, shared):
     torch.manual_seed(1)
     batch = next(example.batches(torch.arange(1000) % 256, config, 2, seed=3))
     attends = example.PyextAttention(), example.TorchAttention()
-    for run in shared.make_runs(example.Model(config, attends[0]), attends, 1e-3, compiled=False):
+    for run in shared.make_runs(shared.attending(example.Model(config, attends[0]), attends), 1e-3, compiled=False):
         run.model(batch).backward()
         for stack in (run.model.encoder, run.model.stack):
             assert stack.table.grad.abs().max() > 0
@@ -145,7 +145,7 @@ def test_gradients_agree(shared, name):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     gradients = []
-    for run in shared.make_runs(model, attends, 1e-3, compiled=False):
+    for run in shared.make_runs(shared.attending(model, attends), 1e-3, compiled=False):
         run.model(batch).backward()
         gradients.append({key: p.grad for key, p in run.model.named_parameters()})
     for key, wanted in gradients[1].items():
@@ -163,11 +163,83 @@ def test_images_are_what_their_captions_say():
         assert set(image) == named and image[0] == ground
 
 
-@pytest.mark.parametrize("name, bad", [("xlnet", ["--length", "3"]), ("dalle", ["--side", "0"])])
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("xlnet", ["--length", "3"]),
+        ("dalle", ["--side", "0"]),
+        ("generate", ["--tokens", "0"]),
+        ("generate", ["--heads", "32"]),
+        ("pretrain_deberta", ["--version", "2"]),
+        ("pretrain_deberta", ["--dtype", "bf16", "--version", "1"]),
+    ],
+)
 def test_bad_sizes(name, bad, capsys):
+    if name not in ("xlnet", "dalle"):
+        pytest.importorskip("transformers", minversion="5")
     with pytest.raises(SystemExit):
         module_of(name).main([*TINY, *bad])
     assert bad[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, options, dtype",
+    [
+        ("pretrain_deberta", ["--version", "3"], "fp32"),
+        ("pretrain_deberta", ["--version", "3"], "bf16"),
+        ("pretrain_deberta", ["--version", "1"], "fp32"),
+        ("finetune_t5", [], "fp32"),
+        ("finetune_t5", [], "bf16"),
+    ],
+)
+def test_whole_models(shared, name, options, dtype, tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5")
+    if name == "finetune_t5":
+        pytest.importorskip("accelerate")
+    picture = tmp_path / "curves.png"
+    runs = module_of(name).main([*SMALL, *options, "--dtype", dtype, "--out", str(picture)])
+    assert [run.name for run in runs] == ["pyext", "Transformers"]
+    largest, mean = shared.apart(runs)
+    limit = 1e-4 if dtype == "fp32" else 5e-2
+    assert mean <= largest <= limit and abs(runs[0].validation - runs[1].validation) <= limit
+    assert all(4 < run.losses[0] < 8 and len(run.losses) == len(run.rates) == 3 for run in runs)
+    printed = capsys.readouterr().out
+    assert "left as it was: nothing" in printed and "times as fast as Transformers" in printed
+    assert 0 < picture.stat().st_size < 150_000
+
+
+def test_fine_tuning_begins_with_a_model_on_disk(tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers", minversion="5")
+    sizes = dict(vocab_size=384, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, dropout_rate=0.5)).save_pretrained(tmp_path)
+    arguments = [*SMALL, "--model", str(tmp_path), "--out", str(tmp_path / "curves.png")]
+    runs = module_of("finetune_t5").main(arguments)
+    assert f"{tmp_path}, 48 bytes" in capsys.readouterr().out
+    assert all(abs(a - b) <= 1e-4 for a, b in zip(runs[0].losses, runs[1].losses))  # no dropout left
+
+
+def test_continuations_follow():
+    pytest.importorskip("accelerate")
+    pairs = module_of("finetune_t5").Continuations(torch.arange(200), length=8, count=5)
+    assert len(pairs) == 5
+    for pair in (pairs[n] for n in range(5)):
+        assert torch.equal(torch.cat(list(pair.values())), torch.arange(16) + pair["input_ids"][0])
+    assert pairs[0]["input_ids"][0] == 3 and pairs[4]["labels"][-1] == 3 + 191
+
+
+def test_generation(tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5")
+    module, picture = module_of("generate"), tmp_path / "speeds.png"
+    rows = module.main([*TINY, "--prompt", "40", "--tokens", "6", "--rounds", "1", "--out", str(picture)])
+    assert {(row.arch, row.search, row.cache) for row in rows} == {
+        (arch, search, cache) for arch in module.THEIRS for search in module.SEARCHES for cache in module.CACHES
+    }
+    for row in rows:
+        assert set(row.seconds) == {"pyext", *module.THEIRS[row.arch]} and row.speed("pyext") > 0
+        assert row.equal == row.written["pyext"].numel() == 12
+    assert capsys.readouterr().out.count("12 of 12") == len(rows)
+    assert 0 < picture.stat().st_size < 150_000
 
 
 FEW = ["--steps", "3", "--length", "64", "--width", "32", "--batch", "3", "--experts", "5"]
@@ -192,10 +264,10 @@ def test_parallel_started_by_torchrun(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
 @pytest.mark.parametrize("mixture", ["mixtral", "switch"])
-def test_parallel_by_itself(parallel, mixture, tmp_path):
+def test_parallel_by_itself(parallel, shared, mixture, tmp_path):
     runs = parallel.main([*FEW, "--moe", mixture, "--out", str(tmp_path / "curves.png")])
     assert [len(run.losses) for run in runs] == [3, 3] and runs[1].losses[-1] < runs[1].losses[0]
-    assert parallel.apart(runs) < 1e-4
+    assert shared.apart(runs)[0] < 1e-4
 
 
 def test_parallel_bad_arguments(parallel, capsys):

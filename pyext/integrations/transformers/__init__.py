@@ -9,12 +9,16 @@ or, for what Transformers' registries reach, `register()` and then `attn_impleme
 
 import transformers
 
+_OLDEST = (5, 4)  # the first whose mask functions are told where the queries stand, instead of the whole positions
+
 
 def _check_release(version: str) -> None:
-    if int(version.split(".")[0]) < 5:
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
         raise ImportError(
-            "pyext.integrations.transformers needs transformers >= 5, whose registries of masks and experts it "
-            f"extends, found {version}; pyext.attention and pyext.nn work with any release"
+            f"pyext.integrations.transformers needs transformers >= {oldest}, whose registries of masks and experts it "
+            f"extends, found {version}: pip install 'transformers>={oldest}'; pyext.attention and pyext.nn work with "
+            "any release"
         )
 
 

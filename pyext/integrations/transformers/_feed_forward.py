@@ -123,13 +123,14 @@ def experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     routing = routing_of(top_k_index, top_k_weights, self.num_experts)
     x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(up.dtype)
     activation = _experts_activation(self)
-    if activation is not None and not self.has_post_expert_norm:
+    norm = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None  # not in older releases
+    if activation is not None and norm is None:
         out = _moe.forward(x, routing, up, down, activation, b_up, b_down)
     else:
         inner = _moe.grouped_linear(_moe.dispatch(x, routing), up, routing.offsets, b_up)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         ys = _moe.grouped_linear(inner, down, routing.offsets, b_down)
-        out = _moe.combine(self.post_expert_norm(ys) if self.has_post_expert_norm else ys, routing)
+        out = _moe.combine(ys if norm is None else norm(ys), routing)
     return out.to(hidden_states.dtype)
 
 
@@ -139,7 +140,8 @@ def _experts_activation(self) -> str | None:
     if name is None or not self.has_gate:
         return name
     default = importlib.import_module("transformers.integrations.moe")._default_apply_gate
-    return _GATED[name] if self.is_concatenated and type(self)._apply_gate is default else None
+    concatenated = getattr(self, "is_concatenated", True)  # as all are where experts do not say so
+    return _GATED[name] if concatenated and type(self)._apply_gate is default else None
 
 
 def routing_of(index: Tensor, weights: Tensor, experts: int) -> Routing:

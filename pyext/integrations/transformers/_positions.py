@@ -107,4 +107,6 @@ def t5_tables(module: nn.Module, cls: type) -> dict[str, Callable | property] | 
         return None
     if not any(same_code(cls.compute_bias, theirs.compute_bias) for theirs in published):
         return "its compute_bias is none of those known"
+    if not hasattr(module, "config"):
+        return "its attention asks no registry in this release of Transformers"
     return {"has_relative_attention_bias": _HAS_TABLE, "compute_bias": _compute_bias}

@@ -137,12 +137,20 @@ def packed(p, starts, slot, SIZE: tl.constexpr):
 
 @triton.jit
 def load_rows(tensor, row, inside, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of WIDTH elements, filled with 0 to PADDED, as are rows that are not inside. # [rows, PADDED]"""
+    """Rows of WIDTH elements, filled with 0 to PADDED, as are rows that are not inside (None: all are).
+    # [rows, PADDED]"""
     d = tl.arange(0, PADDED)
     at = tensor + row.to(tl.int64)[:, None] * stride + d[None, :]
-    if WIDTH == PADDED:
-        return tl.load(at, mask=inside[:, None], other=0.0)
-    return tl.load(at, mask=inside[:, None] & (d < WIDTH)[None, :], other=0.0)
+    if inside is None:
+        if WIDTH == PADDED:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(d < WIDTH)[None, :], other=0.0)
+    elif WIDTH == PADDED:
+        tile = tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        tile = tl.load(at, mask=inside[:, None] & (d < WIDTH)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -158,7 +166,7 @@ def store_rows(tensor, row, inside, stride, tile, WIDTH: tl.constexpr, PADDED: t
 
 @triton.jit
 def limits(p, place, rows):
-    """(low, high): window and intervals let a query see keys low <= j < high; high is 0 beyond `queries`. # 2 x [ROWS]"""
+    """(low, high): window and intervals let a query see keys low <= j < high; 0 beyond `queries`. # 2 x [ROWS]"""
     b, n, first_query, queries, first_key, keys = place
     inside = rows < queries
     aligned = rows + (keys - queries)  # the key at distance 0
@@ -214,7 +222,7 @@ def visible(p, place, head, rows, cols, low, high, bitmap):
         row, column = rows % TABLE_BLOCK, cols % TABLE_BLOCK
         map = p.block_bits + tl.maximum(bitmap, 0).to(tl.int64) * (TABLE_BLOCK * TABLE_BLOCK // 8)
         at = map + row[:, None] * (TABLE_BLOCK // 8) + (column // 8)[None, :]
-        byte = tl.load(at, mask=seen & (bitmap >= 0), other=255).to(tl.int32)
+        byte = tl.load(at, mask=seen & (bitmap + row * 0 >= 0)[:, None], other=255).to(tl.int32)
         seen = seen & (((byte >> (column % 8)[None, :]) & 1) != 0)
     return seen
 
@@ -228,7 +236,7 @@ def tanh(x):
     square = x * x
     series = -0.053968254 + square * (0.021869488 - square * 0.008863235)
     series = x + x * square * (-0.33333334 + square * (0.13333334 + square * series))
-    small = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    small = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - small) / (1.0 + small)
     return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -large, large))
 

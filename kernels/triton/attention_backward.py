@@ -1,0 +1,459 @@
+"""The gradients of attention: of queries (with rel_query and segments) by one kernel, of keys and values by another, so
+that no two programs add to one number; sums over tiles are in `attention_sums`.
+
+FlashAttention-2's algorithm (Dao, 2023, section 3.1.2), dQ and dK, dV apart.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._primitives import BLOCK, AttentionProblem
+from . import attention_sums
+from ._attention_gradient import load_keys, load_queries, score_gradients, spread
+from ._attention_gradient_plan import keys_tile, queries_tile, scratch_of, widths
+from ._attention_plan import grid, like_output, padded, prepared, slots
+from ._attention_tile import (
+    LOG2E,
+    TABLE_BLOCK,
+    Problem,
+    key_range,
+    limits,
+    load_rows,
+    packed,
+    relative_band,
+    same_segment,
+    store_rows,
+    table_entry,
+    table_row,
+    whole,
+)
+from ._launch import check, on, readable
+
+CHUNK = 1024  # intervals that are read at a time
+PREPARED_ROWS = 64
+#: What `attention_backward` returns, in this order.
+GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
+
+
+# --- Kernels ---
+
+
+@triton.jit
+def _prepare_kernel(
+    out, out_b, out_h, out_l, grad, grad_b, grad_h, grad_l, lse, grad_lse, exponents, delta, heads, queries,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """exponents = log2(e) lse, inf where that is -inf, and delta = <grad, out> - grad_lse, both (B, H, Lq) fp32; one
+    program per batch, head and block of queries."""
+    program, blocks = tl.program_id(0), tl.cdiv(queries, ROWS)
+    head, b = (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
+    rows = program % blocks * ROWS + tl.arange(0, ROWS)
+    inside = rows < queries
+    o = load_rows(out + b * out_b + head * out_h, rows, inside, out_l, WIDTH, PADDED).to(tl.float32)
+    g = load_rows(grad + b * grad_b + head * grad_h, rows, inside, grad_l, WIDTH, PADDED).to(tl.float32)
+    at = (b * heads + head) * queries + rows
+    exponent = (tl.load(lse + at, mask=inside, other=0.0) * LOG2E).to(tl.float32)
+    sum = tl.sum(o * g, 1)
+    if grad_lse is not None:
+        sum -= tl.load(grad_lse + at, mask=inside, other=0.0).to(tl.float32)
+    dead = exponent == -float("inf")
+    tl.store(exponents + at, tl.where(dead, float("inf"), exponent), mask=inside)
+    tl.store(delta + at, tl.where(dead, 0.0, sum), mask=inside)
+
+
+@triton.jit
+def _reach_kernel(p, reach, CHUNK: tl.constexpr, SIZE: tl.constexpr):
+    """(first, last + 1) of the queries that see any of SIZE keys, (slots, 2) int32; one program per block of keys."""
+    place, block, _ = _place(p, p.starts_k, p.keys, 1, SIZE)
+    start, queries = block * SIZE, place[3]
+    first, end = tl.full((CHUNK,), queries, tl.int32), tl.zeros((CHUNK,), tl.int32)
+    for row in range(0, queries, CHUNK):
+        rows = row + tl.arange(0, CHUNK)
+        low, high = limits(p, place, rows)
+        reached = (low < start + SIZE) & (high > start) & (low < high)
+        first = tl.where(reached, tl.minimum(first, rows), first)
+        end = tl.where(reached, rows + 1, end)
+    tl.store(reach + tl.program_id(0) * 2, tl.min(first, 0))
+    tl.store(reach + tl.program_id(0) * 2 + 1, tl.max(end, 0))
+
+
+@triton.jit
+def _place(p, starts, rows, heads, SIZE: tl.constexpr):
+    """The place, the block of SIZE rows and the head of a program: blocks run fastest, then heads, then the batch."""
+    program = tl.program_id(0)
+    if starts is None:
+        blocks = tl.cdiv(rows, SIZE)
+        return whole(p, (program // blocks // heads).to(tl.int64)), program % blocks, (program // blocks % heads)
+    else:
+        blocks = rows // SIZE + p.sequences
+        place, block = packed(p, starts, program % blocks, SIZE)
+        return place, block, program // blocks
+
+
+@triton.jit
+def _queries_step(
+    p, place, head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """`sums`, (dQ, d rel_query, d segment for different, for equal ones), with the terms of one tile added."""
+    to_query, to_rel_query, to_different, to_same = sums
+    cols = start + tl.arange(0, COLUMNS)
+    key, value = load_keys(p, place, head // p.group, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
+    _, ds, d_product = score_gradients(
+        p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
+        MASKED, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+    )  # fmt: skip
+    to_query = tl.dot(d_product.to(key.dtype), key, to_query, input_precision="ieee")
+    if p.rel_q is not None:
+        number, known = relative_band(p, place, row, start, ROWS, BAND)
+        at = p.rel_q + place[0] * p.rel_q_b + head * p.rel_q_h
+        band = load_rows(at, number, known, p.rel_q_l, WIDTH, PADDED)  # [BAND, PADDED]
+        by_distance = spread(ds, scratch, False, ROWS, COLUMNS, BAND)
+        to_rel_query = tl.dot(by_distance.to(band.dtype), band, to_rel_query, input_precision="ieee")
+    if p.segment is not None:
+        same = same_segment(p, place, rows, cols)
+        to_different += tl.sum(tl.where(same, 0.0, ds), 1)
+        to_same += tl.sum(tl.where(same, ds, 0.0), 1)
+    return to_query, to_rel_query, to_different, to_same
+
+
+@triton.jit
+def _queries_kernel(
+    p, grad, lse, delta, to_query, to_rel_query, to_segment, scratch,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of queries, of their rel_query and of their scores of segments; one program per batch or
+    sequence, head and block.
+
+    grad, to_query, to_rel_query: (pointer, strides of batch, head, row).
+    """
+    place, block, head = _place(p, p.starts_q, p.queries, p.heads, ROWS)
+    b, n, first_query, queries, first_key, keys = place
+    head = head.to(tl.int64)
+    row = block * ROWS
+    rows = row + tl.arange(0, ROWS)
+    of_queries = load_queries(p, place, head, rows, grad, lse, delta, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
+    low, high = limits(p, place, rows)
+    begin, end, full_begin, full_end = key_range(low, high, rows < queries)
+    if scratch is not None:
+        scratch += tl.program_id(0).to(tl.int64) * (ROWS if ROWS > COLUMNS else COLUMNS) * BAND
+    # What a call does not have is a number that is never added to.
+    rel_sum, different, same = 0.0, 0.0, 0.0
+    if p.rel_q is not None:
+        rel_sum = tl.zeros((ROWS, PADDED), tl.float32)
+    if p.segment is not None:
+        different, same = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, PADDED), tl.float32), rel_sum, different, same
+    if p.block_offsets is not None:
+        first, last = table_row(p, place, head, row)
+        for entry in range(first, last):
+            block_start, bitmap = table_entry(p, entry)
+            block_end = tl.minimum(block_start + TABLE_BLOCK, end)
+            for start in range(tl.maximum(block_start, begin // COLUMNS * COLUMNS), block_end, COLUMNS):
+                sums = _queries_step(
+                    p, place, head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, True,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                )  # fmt: skip
+    else:
+        begin = begin // COLUMNS * COLUMNS
+        full_begin, full_end = tl.cdiv(full_begin, COLUMNS) * COLUMNS, full_end // COLUMNS * COLUMNS
+        full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
+        full_end = tl.maximum(full_end, full_begin)
+        if p.mask is not None:
+            full_begin = end
+            full_end = end
+        for start in range(begin, full_begin, COLUMNS):
+            sums = _queries_step(
+                p, place, head, rows, low, high, None, row, start, of_queries, sums, scratch, True,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+            )  # fmt: skip
+        if p.mask is None:
+            for start in range(full_begin, full_end, COLUMNS):
+                sums = _queries_step(
+                    p, place, head, rows, low, high, None, row, start, of_queries, sums, scratch, False,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                )  # fmt: skip
+            for start in range(full_end, end, COLUMNS):
+                sums = _queries_step(
+                    p, place, head, rows, low, high, None, row, start, of_queries, sums, scratch, True,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                )  # fmt: skip
+    sum, rel_sum, different, same = sums
+    inside = rows < queries
+    to, to_b, to_h, to_l = to_query
+    store_rows(to + b * to_b + head * to_h, first_query + rows, inside, to_l, sum * p.scale, WIDTH, PADDED)
+    if p.rel_q is not None:
+        to, to_b, to_h, to_l = to_rel_query
+        store_rows(to + b * to_b + head * to_h, first_query + rows, inside, to_l, rel_sum * p.scale, WIDTH, PADDED)
+    if to_segment is not None:
+        at = to_segment + ((b * p.heads + head) * p.queries + rows) * 2
+        tl.store(at, different, mask=inside)
+        tl.store(at + 1, same, mask=inside)
+
+
+@triton.jit
+def _keys_step(
+    p, place, head, cols, bitmap, row, start, key, value, sums, grad, lse, delta, scratch, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """`sums`, (dK by scores, dK by relative rows, dV), with the terms of one tile added."""
+    to_key, to_key_by_rows, to_value = sums
+    rows = row + tl.arange(0, ROWS)
+    of_queries = load_queries(p, place, head, rows, grad, lse, delta, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
+    low, high = rows, rows
+    if MASKED:
+        low, high = limits(p, place, rows)
+    weights, ds, d_product = score_gradients(
+        p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
+        MASKED, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+    )  # fmt: skip
+    query, _, out, _, _ = of_queries
+    to_value = tl.dot(tl.trans(weights.to(out.dtype)), out, to_value, input_precision="ieee")
+    to_key = tl.dot(tl.trans(d_product.to(query.dtype)), query, to_key, input_precision="ieee")
+    if p.rel_k is not None:
+        number, known = relative_band(p, place, row, start, ROWS, BAND)
+        at = p.rel_k + place[0] * p.rel_k_b + head * p.rel_k_h
+        band = load_rows(at, number, known, p.rel_k_l, WIDTH, PADDED)  # [BAND, PADDED]
+        by_distance = spread(ds, scratch, True, ROWS, COLUMNS, BAND)
+        to_key_by_rows = tl.dot(by_distance.to(band.dtype), band, to_key_by_rows, input_precision="ieee")
+    return to_key, to_key_by_rows, to_value
+
+
+@triton.jit
+def _query_range(p, place, start, reach, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(begin, end) of the queries that see any of the keys from `start` on, and (full_begin, full_end) of those within
+    that see all, in whole tiles of ROWS but for `end`."""
+    queries, keys = place[3], place[5]
+    last = tl.minimum(start + COLUMNS, keys) - 1
+    begin, end = start * 0, start * 0 + queries
+    full_begin, full_end = begin, end
+    if p.right is not None:
+        begin = tl.maximum(begin, start - p.right - (keys - queries))
+        full_begin = tl.maximum(full_begin, last - p.right - (keys - queries))
+    if p.left is not None:
+        end = tl.minimum(end, last + p.left - (keys - queries) + 1)
+        full_end = tl.minimum(full_end, start + p.left - (keys - queries) + 1)
+    if reach is not None:
+        begin, end = tl.load(reach), tl.load(reach + 1)
+    end = tl.where(start < keys, end, 0)
+    begin = begin // ROWS * ROWS
+    # The last tile may be a full one: queries that are not there have probability 0.
+    full_end = tl.where(full_end == queries, tl.cdiv(full_end, ROWS), tl.maximum(full_end, 0) // ROWS) * ROWS
+    full_begin = tl.maximum(tl.cdiv(full_begin, ROWS) * ROWS, begin)
+    if p.mask is not None or p.intervals is not None:
+        full_begin = tl.maximum(begin, end)
+    full_begin = tl.minimum(full_begin, tl.maximum(begin, end))
+    return begin, end, full_begin, tl.maximum(full_end, full_begin)
+
+
+@triton.jit
+def _keys_kernel(
+    p, grad, lse, delta, to_key, to_value, reach, listing, listing_offsets, listing_of, scratch,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of keys and values; one program per batch or sequence, head of theirs and block. It goes
+    through the query heads of the group, one after the other.
+
+    grad, to_key, to_value: (pointer, strides of batch, head, row). reach: see `_reach_kernel`, or None.
+    listing, listing_offsets: the block table by blocks of keys, see `_by_keys`, or None; listing_of: strides of batch
+    and head of the offsets, then of the listing in entries.
+    """
+    place, block, kv_head = _place(p, p.starts_k, p.keys, p.heads // p.group, COLUMNS)
+    b, n, first_query, queries, first_key, keys = place
+    kv_head = kv_head.to(tl.int64)
+    start = block * COLUMNS
+    cols = start + tl.arange(0, COLUMNS)
+    key, value = load_keys(p, place, kv_head, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
+    if scratch is not None:
+        scratch += tl.program_id(0).to(tl.int64) * (ROWS if ROWS > COLUMNS else COLUMNS) * BAND
+    if reach is not None:
+        if p.starts_k is None:
+            slot = tl.program_id(0) % tl.cdiv(p.keys, COLUMNS)
+            if p.intervals_b != 0:
+                slot += b * tl.cdiv(p.keys, COLUMNS)
+        else:
+            slot = tl.program_id(0) % (p.keys // COLUMNS + p.sequences)
+        reach += slot * 2
+    begin, end, full_begin, full_end = _query_range(p, place, start, reach, ROWS, COLUMNS)
+    by_rows = 0.0
+    if p.rel_k is not None:
+        by_rows = tl.zeros((COLUMNS, PADDED), tl.float32)
+    sums = tl.zeros((COLUMNS, PADDED), tl.float32), by_rows, tl.zeros((COLUMNS, VALUE_PADDED), tl.float32)
+    for member in range(p.group):
+        head = kv_head * p.group + member
+        if p.block_offsets is not None:
+            offsets_b, offsets_h, listing_b, listing_h = listing_of
+            at = listing_offsets + b * offsets_b + head * offsets_h + start // TABLE_BLOCK
+            entries = listing + (b * listing_b + head * listing_h) * 2
+            for entry in range(tl.load(at), tl.load(at + 1)):
+                first, bitmap = tl.load(entries + entry * 2) * TABLE_BLOCK, tl.load(entries + entry * 2 + 1)
+                for row in range(tl.maximum(first, begin), tl.minimum(first + TABLE_BLOCK, end), ROWS):
+                    sums = _keys_step(
+                        p, place, head, cols, bitmap, row, start, key, value, sums, grad, lse, delta, scratch, True,
+                        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                    )  # fmt: skip
+        else:
+            for row in range(begin, full_begin, ROWS):
+                sums = _keys_step(
+                    p, place, head, cols, None, row, start, key, value, sums, grad, lse, delta, scratch, True,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                )  # fmt: skip
+            if p.mask is None and p.intervals is None:
+                for row in range(full_begin, full_end, ROWS):
+                    sums = _keys_step(
+                        p, place, head, cols, None, row, start, key, value, sums, grad, lse, delta, scratch, False,
+                        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                    )  # fmt: skip
+                for row in range(full_end, end, ROWS):
+                    sums = _keys_step(
+                        p, place, head, cols, None, row, start, key, value, sums, grad, lse, delta, scratch, True,
+                        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                    )  # fmt: skip
+    by_scores, by_rows, by_weights = sums
+    inside, at = cols < keys, first_key + cols
+    to, to_b, to_h, to_l = to_key
+    store_rows(to + b * to_b + kv_head * to_h, at, inside, to_l, (by_scores + by_rows) * p.scale, WIDTH, PADDED)
+    to, to_b, to_h, to_l = to_value
+    store_rows(to + b * to_b + kv_head * to_h, at, inside, to_l, by_weights, VALUE_WIDTH, VALUE_PADDED)
+
+
+# --- Launchers ---
+
+
+def _by_keys(problem: AttentionProblem) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+    """The block table by blocks of keys, (T, entries, 2) int32: block of queries (rising), bitmap or -1; where each
+    block of keys begins, (T, blocks of keys + 1) int32; and the strides, see `_keys_kernel`. Made on the device."""
+    offsets, index = problem.block_offsets, problem.block_index
+    batch, heads, rows = offsets.shape[0], offsets.shape[1], offsets.shape[2] - 1
+    columns = triton.cdiv(problem.key.shape[2], BLOCK)
+    most = min(index.shape[0], rows * columns)
+    tables = offsets.flatten(0, 1)
+    entry = tables[:, :1] + torch.arange(most, device=index.device, dtype=torch.int32)  # (T, most)
+    row = torch.searchsorted(tables, entry, right=True) - 1
+    column, bitmap = index[entry.clamp(max=max(index.shape[0] - 1, 0)).to(torch.int64)].unbind(-1)
+    place = torch.where(entry < tables[:, -1:], column * rows + row, rows * columns)
+    place, order = place.sort(dim=1, stable=True)
+    starts = torch.arange(columns + 1, device=index.device, dtype=place.dtype) * rows
+    starts = torch.searchsorted(place, starts.expand(tables.shape[0], -1).contiguous(), out_int32=True)
+    listing = torch.stack([row.gather(1, order), bitmap.gather(1, order)], -1).to(torch.int32)
+    steps = 0 if batch == 1 else heads, 0 if heads == 1 else 1
+    return listing, starts, (*(s * (columns + 1) for s in steps), *(s * most for s in steps))
+
+
+def _bundle(tensor: Tensor) -> tuple:
+    """The pointer and the strides of batch, head and row."""
+    return (tensor, *tensor.stride()[:3])
+
+
+def _prepare(problem, out, lse, grad_out, grad_lse) -> tuple[Tensor, Tensor]:
+    """log2(e) lse and delta of every query, see `_prepare_kernel`."""
+    batch, heads, queries, width = out.shape
+    exponents, delta = (out.new_empty((batch, heads, queries), dtype=torch.float32) for _ in range(2))
+    _prepare_kernel[grid(triton.cdiv(queries, PREPARED_ROWS) * heads * batch)](
+        *_bundle(out), *_bundle(grad_out), lse, grad_lse, exponents, delta, heads, queries,
+        WIDTH=width, PADDED=padded(width), ROWS=PREPARED_ROWS,
+    )  # fmt: skip
+    return exponents, delta
+
+
+def _of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """-sum over batch and queries of exp(sink - lse) delta, (H,) fp32."""
+    weight = torch.exp(sinks.to(torch.float64)[:, None] - lse)
+    return -(weight.masked_fill(lse == -torch.inf, 0.0) * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _check_outputs(problem: AttentionProblem, grad_out, grad_lse, out, lse) -> None:
+    batch, heads, queries, _ = problem.query.shape
+    shape = (batch, heads, queries, problem.value.shape[3])
+    for tensor in (grad_out, out):
+        check(
+            tensor.shape == shape and tensor.dtype == problem.query.dtype and tensor.device == problem.query.device,
+            "grad_out and out must match the forward's results",
+        )
+    for tensor in (lse, grad_lse):
+        check(
+            tensor is None or (tensor.shape == shape[:3] and tensor.dtype == torch.float64 and tensor.device == lse.device),
+            "lse and grad_lse must match the forward's results",
+        )  # fmt: skip
+
+
+def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+                       out: Tensor, lse: Tensor, *rest) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of query, key, value, dense, diag, rel_query, rel_q, rel_k, segment, sinks; shape (0,) for what is
+    absent or not needed. `rest`: the other fields of `AttentionProblem`, then need_dense, need_diag, need_rel_q,
+    need_rel_k, need_segment."""
+    fields = len(AttentionProblem._fields) - 3
+    problem, p = prepared(AttentionProblem(query, key, value, *rest[:fields]))
+    needs = dict(zip(("dense", "diag", "rel_q", "rel_k", "segment"), rest[fields:], strict=True))
+    _check_outputs(problem, grad_out, grad_lse, out, lse)
+    grads: dict[str, Tensor] = {}
+    for name in ("query", "key", "value", "rel_query"):
+        tensor = getattr(problem, name)
+        grads[name] = query.new_empty((0,), dtype=torch.float32) if tensor is None else like_output(tensor, *tensor.shape[1:])
+    absent = query.new_empty((0,), dtype=torch.float32)
+    for name in (*needs, "sinks"):
+        tensor = getattr(problem, name)
+        grads[name] = absent if tensor is None or not needs.get(name, True) else None
+    grad_out, out, lse = readable(grad_out), readable(out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    batch, heads, queries, _ = query.shape
+    with on(query.device):
+        if batch * heads * queries > 0:
+            exponents, delta = _prepare(problem, out, lse, grad_out, grad_lse)
+            if problem.sinks is not None:
+                grads["sinks"] = _of_sinks(problem.sinks, lse, delta)
+            if key.shape[2] > 0:
+                upstream = _bundle(grad_out), exponents, delta
+                _of_queries(problem, p, upstream, grads)
+                _of_keys(problem, p, upstream, grads)
+                for name in ("dense", "diag", "rel_q", "rel_k"):
+                    if grads[name] is None:
+                        grads[name] = getattr(attention_sums, f"of_{name}")(problem, p, upstream)
+                return tuple(grads[name] for name in GRADIENTS)
+    for name, grad in grads.items():  # no pair of query and key
+        if grad is None:
+            grads[name] = torch.zeros_like(getattr(problem, name), dtype=torch.float32, memory_format=torch.contiguous_format)
+        elif not (name == "sinks" and grad.numel()):
+            grad.zero_()
+    return tuple(grads[name] for name in GRADIENTS)
+
+
+def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict[str, Tensor]) -> None:
+    """Fills the gradients of query and rel_query, and that of segment if it is None."""
+    batch, heads, queries, width = problem.query.shape
+    tile = queries_tile(problem)
+    if grads["segment"] is None:
+        grads["segment"] = problem.query.new_empty((batch, heads, queries, 2), dtype=torch.float32)
+    segment = grads["segment"] if grads["segment"].numel() else None
+    programs = slots(problem, tile.rows) * batch * heads
+    scratch, band = scratch_of(problem, tile, programs)
+    _queries_kernel[grid(programs)](
+        p, *upstream, _bundle(grads["query"]), None if problem.rel_query is None else _bundle(grads["rel_query"]), segment,
+        scratch, BAND=band, **widths(problem), **tile.options(),
+    )  # fmt: skip
+
+
+def _of_keys(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict[str, Tensor]) -> None:
+    """Fills the gradients of key and value."""
+    batch, kv_heads, _, _ = problem.key.shape
+    tile = keys_tile(problem)
+    blocks = slots(problem, tile.columns, "key")
+    reach, listing = None, (None, None, None)
+    if problem.intervals is not None:
+        rows = blocks * problem.intervals.shape[0]
+        reach = problem.query.new_empty((rows, 2), dtype=torch.int32)
+        _reach_kernel[grid(rows)](p, reach, CHUNK=CHUNK, SIZE=tile.columns)
+    if problem.block_offsets is not None:
+        listing = _by_keys(problem)
+    programs = blocks * batch * kv_heads
+    scratch, band = scratch_of(problem, tile, programs)
+    _keys_kernel[grid(programs)](
+        p, *upstream, _bundle(grads["key"]), _bundle(grads["value"]), reach, *listing, scratch,
+        BAND=band, **widths(problem), **tile.options(),
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ._attention_tile import (
     TABLE_BLOCK,
+    _stretch,
     keep,
     key_range,
     limits,
@@ -20,6 +21,14 @@ from ._attention_tile import (
     table_row,
     visible,
 )
+
+
+@triton.jit
+def sequence(p, n):
+    """The place of sequence n of a packed call."""
+    first_query, queries = _stretch(p.starts_q, n, p.queries)
+    first_key, keys = _stretch(p.starts_k, n, p.keys)
+    return tl.cast(n, tl.int64) * 0, n, first_query, queries, first_key, keys
 
 
 @triton.jit
@@ -59,11 +68,25 @@ def load_keys(p, place, head, cols, WIDTH: tl.constexpr, PADDED: tl.constexpr, V
 
 
 @triton.jit
+def _keep_each(p, place, head, rows, cols):
+    """`keep` for keys that begin anywhere: each takes its one word of four."""
+    zero = rows[:, None] * 0 + cols[None, :] * 0
+    words = tl.philox(
+        tl.load(p.seed), (zero + cols[None, :] // 4).to(tl.uint32), (zero + rows[:, None]).to(tl.uint32),
+        zero.to(tl.uint32) + tl.cast(head, tl.uint32), zero.to(tl.uint32) + tl.cast(place[1], tl.uint32),
+    )  # fmt: skip
+    which = zero + cols[None, :] % 4
+    low, high = tl.where(which == 0, words[0], words[1]), tl.where(which == 2, words[2], words[3])
+    return tl.where(which < 2, low, high) >= tl.cast(p.threshold, tl.uint32)
+
+
+@triton.jit
 def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-                    MASKED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr, BAND: tl.constexpr):  # fmt: skip
+                    MASKED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):  # fmt: skip
     """(P after dropout, dS, the gradient of scale * q k^T) of the tile from query `row` and key `start` on, from what
-    `load_queries` and `load_keys` gave. Not MASKED: every query sees every key. # 3 x [ROWS, COLUMNS] fp32"""
+    `load_queries` and `load_keys` gave. Not MASKED: every query sees every key.
+    ALIGNED: `start` is a multiple of 4. # 3 x [ROWS, COLUMNS] fp32"""
     query, rel_query, out, lse, delta = of_queries
     product = tl.dot(query, tl.trans(key), input_precision="ieee")
     relative = None
@@ -76,12 +99,13 @@ def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, o
         weights = tl.where(visible(p, place, head, rows, cols, low, high, bitmap), weights, 0.0)
     dropped, gradient = weights, tl.dot(out, tl.trans(value), input_precision="ieee")
     if p.seed is not None:
-        kept = keep(p, place, head, rows, start, ROWS, COLUMNS)
+        if ALIGNED:
+            kept = keep(p, place, head, rows, start, ROWS, COLUMNS)
+        else:
+            kept = _keep_each(p, place, head, rows, cols)
         dropped = tl.where(kept, weights * p.survivors, 0.0)
         gradient = tl.where(kept, gradient * p.survivors, 0.0)
     gradient = weights * (gradient - delta[:, None])
-    if p.softcap is None:
-        return dropped, gradient, gradient
     _, slope = softcapped(p, product)
     return dropped, gradient, gradient * slope
 

@@ -85,11 +85,11 @@ def _place(p, starts, rows, heads, SIZE: tl.constexpr):
     program = tl.program_id(0)
     if starts is None:
         blocks = tl.cdiv(rows, SIZE)
-        return whole(p, (program // blocks // heads).to(tl.int64)), program % blocks, (program // blocks % heads)
+        place, block = whole(p, (program // blocks // heads).to(tl.int64)), program % blocks
     else:
         blocks = rows // SIZE + p.sequences
         place, block = packed(p, starts, program % blocks, SIZE)
-        return place, block, program // blocks
+    return place, block, (program // blocks % heads).to(tl.int64)
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _queries_step(
     key, value = load_keys(p, place, head // p.group, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
     _, ds, d_product = score_gradients(
         p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-        MASKED, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+        MASKED, True, WIDTH, PADDED, ROWS, COLUMNS, BAND,
     )  # fmt: skip
     to_query = tl.dot(d_product.to(key.dtype), key, to_query, input_precision="ieee")
     if p.rel_q is not None:
@@ -133,7 +133,6 @@ def _queries_kernel(
     """
     place, block, head = _place(p, p.starts_q, p.queries, p.heads, ROWS)
     b, n, first_query, queries, first_key, keys = place
-    head = head.to(tl.int64)
     row = block * ROWS
     rows = row + tl.arange(0, ROWS)
     of_queries = load_queries(p, place, head, rows, grad, lse, delta, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
@@ -210,7 +209,7 @@ def _keys_step(
         low, high = limits(p, place, rows)
     weights, ds, d_product = score_gradients(
         p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-        MASKED, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+        MASKED, True, WIDTH, PADDED, ROWS, COLUMNS, BAND,
     )  # fmt: skip
     query, _, out, _, _ = of_queries
     to_value = tl.dot(tl.trans(weights.to(out.dtype)), out, to_value, input_precision="ieee")
@@ -266,7 +265,6 @@ def _keys_kernel(
     """
     place, block, kv_head = _place(p, p.starts_k, p.keys, p.heads // p.group, COLUMNS)
     b, n, first_query, queries, first_key, keys = place
-    kv_head = kv_head.to(tl.int64)
     start = block * COLUMNS
     cols = start + tl.arange(0, COLUMNS)
     key, value = load_keys(p, place, kv_head, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)

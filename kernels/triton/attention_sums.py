@@ -10,9 +10,143 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on, power_of_two
+from .._primitives import AttentionProblem
+from ._attention_gradient import load_keys, load_queries, look_at_tile, score_gradients, sequence, spread
+from ._attention_gradient_plan import scratch_of, sums_tile, widths
+from ._attention_plan import grid
+from ._attention_tile import Problem, store_rows, whole
+from ._launch import power_of_two
 
 TERMS = 64  # positions of a strip that are added at a time
+DIAG, REL_Q, REL_K = (tl.constexpr(n) for n in range(3))  # what a band's sum is of
+
+
+# --- Kernels ---
+
+
+@triton.jit
+def _add_tile(
+    p, place, head, row, start, sum, grad, lse, delta, scratch, KIND: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """sum + dS of a tile, [ROWS, COLUMNS]; or, by distance, dS times the rows it is multiplied with, [BAND, PADDED]."""
+    rows, cols = row + tl.arange(0, ROWS), start + tl.arange(0, COLUMNS)
+    seen, low, high, bitmap = look_at_tile(p, place, head, rows, row, start, COLUMNS)
+    if seen:
+        of_queries = load_queries(p, place, head, rows, grad, lse, delta, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
+        key, value = load_keys(p, place, head // p.group, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
+        _, ds, _ = score_gradients(
+            p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
+            True, p.starts_q is None, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+        )  # fmt: skip
+        if KIND == DIAG:
+            sum += ds
+        else:
+            factor = of_queries[1] if KIND == REL_Q else key
+            by_distance = tl.trans(spread(ds, scratch, KIND == REL_K, ROWS, COLUMNS, BAND))
+            sum = tl.dot(by_distance.to(factor.dtype), factor, sum, input_precision="ieee")
+    return sum
+
+
+@triton.jit
+def _dense_kernel(
+    p, grad, lse, delta, to, heads, rows, BATCHES: tl.constexpr, HEADS: tl.constexpr, ALL_ROWS: tl.constexpr,
+    scratch, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a dense bias, (.., heads, rows, Lk) fp32 contiguous; one program per tile, for which it adds
+    up BATCHES x HEADS tiles, or ALL_ROWS those of all queries."""
+    program = tl.program_id(0)
+    across, down = tl.cdiv(p.keys, COLUMNS), tl.cdiv(rows, ROWS)
+    start, row = program % across * COLUMNS, program // across % down * ROWS
+    first_head, first_batch = program // across // down % heads, program // across // down // heads
+    end = row + 1
+    if ALL_ROWS:
+        end = p.queries
+    if scratch is not None:
+        scratch += program.to(tl.int64) * (ROWS if ROWS > COLUMNS else COLUMNS) * BAND
+    sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for b in range(first_batch * BATCHES, (first_batch + 1) * BATCHES):
+        place = whole(p, tl.cast(b, tl.int64))
+        for head in range(first_head * HEADS, (first_head + 1) * HEADS):
+            for step in range(row, end, ROWS):
+                sum = _add_tile(
+                    p, place, tl.cast(head, tl.int64), step, start, sum, grad, lse, delta, scratch, DIAG,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                )  # fmt: skip
+    cols = start + tl.arange(0, COLUMNS)
+    to += (program // across // down).to(tl.int64) * rows * p.keys
+    if ALL_ROWS:
+        tl.store(to + cols, tl.sum(sum, 0), mask=cols < p.keys)
+    else:
+        at = row + tl.arange(0, ROWS)
+        inside = (at < p.queries)[:, None] & (cols < p.keys)[None, :]
+        tl.store(to + at.to(tl.int64)[:, None] * p.keys + cols[None, :], sum, mask=inside)
+
+
+@triton.jit
+def _add_band(
+    p, place, head, band, sum, grad, lse, delta, scratch, KIND: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """`sum` with all tiles of a band added: those whose first pair of query and key is `band` tiles off the diagonal,
+    which in packed calls runs through distance 0, so that all sequences have the same bands."""
+    queries, keys = place[3], place[5]
+    offset = band * SIZE
+    nearest = offset - (keys - queries)  # distance of the first pairs
+    if p.starts_q is not None:
+        nearest = offset
+        offset += keys - queries
+    first = tl.cdiv(tl.maximum(1 - SIZE - offset, 0), SIZE) * SIZE
+    end = tl.minimum(queries, keys - offset)
+    if p.left is not None:
+        end = tl.where(nearest + SIZE <= -p.left, 0, end)
+    if p.right is not None:
+        end = tl.where(nearest - SIZE >= p.right, 0, end)
+    for row in range(first, end, SIZE):
+        sum = _add_tile(
+            p, place, head, row, row + offset, sum, grad, lse, delta, scratch, KIND,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE, SIZE, 2 * SIZE,
+        )  # fmt: skip
+    return sum
+
+
+@triton.jit
+def _bands_kernel(
+    p, grad, lse, delta, to, bands, first_band, batches, scratch, KIND: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """The sums of one band of distances, the smallest first: (batch / batches, heads, bands, 2 SIZE) of dS, or the same
+    times rows (.., PADDED); fp32. One program per band, head and group of `batches` batch rows."""
+    program = tl.program_id(0)
+    band, head = program % bands + first_band, (program // bands % p.heads).to(tl.int64)
+    first_batch = program // bands // p.heads * batches
+    scratch += program.to(tl.int64) * (2 * SIZE * SIZE)
+    if KIND == DIAG:
+        sum = tl.zeros((SIZE, SIZE), tl.float32)
+    else:
+        sum = tl.zeros((2 * SIZE, PADDED), tl.float32)
+    if p.starts_q is None:
+        for b in range(first_batch, first_batch + batches):
+            sum = _add_band(
+                p, whole(p, tl.cast(b, tl.int64)), head, band, sum, grad, lse, delta, scratch, KIND,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE,
+            )  # fmt: skip
+    else:
+        for n in range(p.sequences):
+            sum = _add_band(
+                p, sequence(p, n), head, band, sum, grad, lse, delta, scratch, KIND,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE,
+            )  # fmt: skip
+    w = tl.arange(0, 2 * SIZE)
+    to += program.to(tl.int64) * (2 * SIZE) * (1 if KIND == DIAG else WIDTH)
+    if KIND == DIAG:
+        tl.store(to + w, tl.sum(spread(sum, scratch, False, SIZE, SIZE, 2 * SIZE), 0))
+    else:
+        store_rows(to, w, w >= 0, WIDTH, sum * p.scale, WIDTH, PADDED)
 
 
 @triton.jit
@@ -34,7 +168,10 @@ def _row_sums_kernel(strips, order, offsets, sums, length, rows, width, TERMS: t
     tl.store(sums + (n * rows + row) * width + column, tl.sum(total, 0)[None, :], mask=column < width)
 
 
-def sum_rows(strips: Tensor, index: Tensor, rows: int) -> Tensor:
+# --- Host: the gradients that `attention_backward` returns. `upstream`: (bundle of grad_out, exponents, delta) ---
+
+
+def _sum_rows(strips: Tensor, index: Tensor, rows: int) -> Tensor:
     """Row r of the result, (..., rows, D), is the sum of strips (..., S, D) over the positions where index (S,) is r."""
     *lead, length, width = strips.shape
     sums = strips.new_zeros((*lead, rows, width))
@@ -44,15 +181,13 @@ def sum_rows(strips: Tensor, index: Tensor, rows: int) -> Tensor:
     offsets = torch.searchsorted(row, torch.arange(rows + 1, device=row.device, dtype=row.dtype))
     columns = power_of_two(width, 1, 64)
     count = sums.numel() // (rows * width)
-    grid = (count * rows * triton.cdiv(width, columns),)
-    with on(strips.device):
-        _row_sums_kernel[grid](
-            strips.contiguous(), order, offsets, sums, length, rows, width, TERMS=TERMS, COLUMNS=columns
-        )
+    _row_sums_kernel[grid(count * rows * triton.cdiv(width, columns))](
+        strips.contiguous(), order, offsets, sums, length, rows, width, TERMS=TERMS, COLUMNS=columns
+    )
     return sums
 
 
-def join_bands(partial: Tensor, first: int, length: int) -> Tensor:
+def _joined(partial: Tensor, first: int, length: int) -> Tensor:
     """The strips (n, length, D) that overlapping bands make up, from position `first` of the first one on.
 
     partial: (n, bands, 2 * step, D); band e covers positions e * step to (e + 2) * step.
@@ -63,3 +198,63 @@ def join_bands(partial: Tensor, first: int, length: int) -> Tensor:
     strips[:, :-1] = partial[:, :, :step]
     strips[:, 1:] += partial[:, :, step:]
     return strips.flatten(1, 2)[:, first : first + length]
+
+
+def of_dense(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
+    batch, heads, queries, _ = problem.query.shape
+    batches, own_heads, rows, keys = problem.dense.shape
+    if rows < queries:  # one row for all queries: summed over batch and heads afterwards
+        batches, own_heads = batch, heads
+    sums = problem.query.new_empty((batches, own_heads, rows, keys), dtype=torch.float32)
+    tile = sums_tile(problem)
+    programs = batches * own_heads * triton.cdiv(rows, tile.rows) * triton.cdiv(keys, tile.columns)
+    scratch, band = scratch_of(problem, tile, programs)
+    _dense_kernel[grid(programs)](
+        p, *upstream, sums, own_heads, rows, batch // batches, heads // own_heads, rows < queries, scratch,
+        BAND=band, **widths(problem), **tile.options(),
+    )  # fmt: skip
+    return sums.sum_to_size(problem.dense.shape)
+
+
+def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, batches: int) -> Tensor:
+    """The sums along diagonals, (batch / batches, heads, Lq + Lk - 1, 1 or D) fp32."""
+    batch, heads, queries, width = problem.query.shape
+    keys, tile = problem.key.shape[2], sums_tile(problem)
+    size = tile.rows
+    # Bands count from the first pair; in packed calls from distance 0, the key number total_k - 1 of a strip.
+    before, after = (queries, keys) if problem.cu_seqlens_q is None else (keys, queries)
+    before, after = triton.cdiv(before, size), triton.cdiv(after, size)
+    bands = before + after - 1
+    groups = batch // batches
+    columns = 1 if kind == DIAG.value else width
+    partial = problem.query.new_empty((groups * heads, bands, 2 * size, columns), dtype=torch.float32)
+    programs = groups * heads * bands
+    scratch = problem.query.new_empty((programs * 2 * size * size,), dtype=torch.float32)
+    _bands_kernel[grid(programs)](
+        p, *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
+        **widths(problem), SIZE=size, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    first = before * size - (queries if problem.cu_seqlens_q is None else keys)
+    return _joined(partial, first, queries + keys - 1).unflatten(0, (groups, heads))
+
+
+def of_diag(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
+    strips = _strips(problem, p, upstream, DIAG.value, problem.query.shape[0])[0]
+    if problem.diag.shape[0] == 1:
+        strips = strips.sum(0, keepdim=True)
+    if problem.diag_index is None:
+        return strips[..., 0].contiguous()
+    return _sum_rows(strips, problem.diag_index, problem.diag.shape[1])[..., 0]
+
+
+def _of_rows(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, table: Tensor) -> Tensor:
+    strips = _strips(problem, p, upstream, kind, problem.query.shape[0] // table.shape[0])
+    return _sum_rows(strips, problem.rel_index, table.shape[2]).sum_to_size(table.shape)
+
+
+def of_rel_q(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
+    return _of_rows(problem, p, upstream, REL_Q.value, problem.rel_q)
+
+
+def of_rel_k(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
+    return _of_rows(problem, p, upstream, REL_K.value, problem.rel_k)

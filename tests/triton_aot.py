@@ -42,12 +42,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pyext._primitives import POLICIES
-from pyext.kernels import _gemm, _launch, gated_linear, glu, moe_dispatch, moe_experts, moe_route, rotary
+from pyext.kernels import _attention_configs, _gemm, _launch, attention, gated_linear, glu, moe_dispatch, moe_experts, moe_route, rotary
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8",
+    torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 TABLES = {"gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -68,7 +68,7 @@ class Kernel:
     name: str
     signature: tuple
     constants: tuple
-    divisible: tuple[int, ...]
+    divisible: tuple[tuple[int, ...], ...]
     options: tuple
     wide: bool  # whether its accesses should be 16 bytes wide, if it goes through columns
 
@@ -277,22 +277,28 @@ def specialised(function: JITFunction, args, options: dict, arch: int, scenario:
     names = function.arg_names
     values = {**dict(zip(names, args)), **{name: options[name] for name in names if name in options}}
     signature, constants, divisible = {}, {}, []
+
+    def kind(value, path: tuple, constant: bool) -> str:
+        """The type of an argument or of an element of a named tuple, which a path leads to."""
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[names[path[0]] if len(path) == 1 else path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor):
+            result, address = "*" + TYPES[value.dtype], value.storage_offset() * value.element_size()
+        else:
+            result, address = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        if address % 16 == 0:
+            divisible.append(path)
+        return result
+
     for position, name in enumerate(names):
         value = values[name]
-        if function.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            address = value.storage_offset() * value.element_size()
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-            continue
+        if isinstance(value, tuple):
+            signature[name] = type(value)(*(kind(part, (position, n), False) for n, part in enumerate(value)))
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            address = value
-        if address % 16 == 0:
-            divisible.append(position)
+            signature[name] = kind(value, (position,), function.params[position].is_constexpr)
     others = {name: value for name, value in options.items() if name not in names}
     return Kernel(
         arch, scenario, function.fn.__module__, function.fn.__name__, tuple(signature.items()),
@@ -310,7 +316,7 @@ def compile_kernel(kernel: Kernel) -> Report:
         fn=function,
         signature=dict(kernel.signature),
         constexprs=dict(kernel.constants),
-        attrs={(position,): [["tt.divisibility", 16]] for position in kernel.divisible},
+        attrs={path: [["tt.divisibility", 16]] for path in kernel.divisible},
     )
     report = Report(kernel)
     try:
@@ -359,7 +365,8 @@ def matrix_unit(kernel: Kernel) -> str | None:
     constants = dict(kernel.constants)
     if "DEPTH" not in constants:
         return None
-    if not {"*bf16", "*fp16"} & set(dict(kernel.signature).values()):
+    types = {t for kind in dict(kernel.signature).values() for t in ([kind] if isinstance(kind, str) else kind)}
+    if not {"*bf16", "*fp16"} & types:
         return "FFMA"
     return {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[kernel.arch] if constants["ROWS"] >= 64 else "HMMA"
 

@@ -245,10 +245,12 @@ def tanh(x):
 def softcapped(p, product):
     """(softcap(scale * product), its derivative by scale * product). The latter is 1 without a softcap."""
     score = product * p.scale
-    if p.softcap is None:
-        return score, 1.0
-    part = tanh(score / p.softcap)
-    return part * p.softcap, 1.0 - part * part
+    slope = 1.0
+    if p.softcap is not None:
+        part = tanh(score / p.softcap)
+        score = part * p.softcap
+        slope = 1.0 - part * part
+    return score, slope
 
 
 @triton.jit
@@ -291,12 +293,14 @@ def same_segment(p, place, rows, cols):
 def scores(p, place, head, rows, cols, product, relative):
     """log2(e) * S for a tile of q k^T; `relative` as `relative_scores` gives it, or None. # [ROWS, COLUMNS] fp32"""
     if p.dense is None and p.diag is None and p.segment is None and relative is None and p.softcap is None:
-        return product * (p.scale * LOG2E)
-    score, _ = softcapped(p, product)
-    score = biased(p, place, head, rows, cols, score)
-    if relative is not None:
-        score += relative
-    return score * LOG2E
+        score = product * (p.scale * LOG2E)
+    else:
+        score, _ = softcapped(p, product)
+        score = biased(p, place, head, rows, cols, score)
+        if relative is not None:
+            score += relative
+        score *= LOG2E
+    return score
 
 
 # --- Relative rows ---

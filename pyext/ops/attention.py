@@ -1,8 +1,8 @@
 """`attention` and `varlen_attention`: validate, lower, choose a backend, call it.
 
 The path of a call: `_prepare` (named errors; biases and masks become primitives) -> `_dispatch.choose` -> the op
-`pyext::attention_forward` (CPU and CUDA kernels; its namesake of Triton) or `reference.attention` on the same flat problem. `_shapes` brings SDPA's
-shapes to four dimensions, `_autograd` holds the op's derivative and fake kernels.
+`attention_forward` of `pyext` (CPU and CUDA kernels) or `pyext_triton`, or `reference.attention`, on the same flat
+problem. `_shapes` brings SDPA's shapes to four dimensions, `_autograd` holds the op's derivative and fake kernels.
 """
 
 import functools

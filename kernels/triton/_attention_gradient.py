@@ -36,17 +36,16 @@ def load_queries(p, place, head, rows, grad, lse, delta, WIDTH: tl.constexpr, PA
                  VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
     """What a tile needs of its queries: rows of query, rel_query (or None) and grad_out, log2(e) lse, delta.
 
-    grad: (pointer, strides of batch, head and row). lse, delta: (B, H, Lq) fp32.
+    grad: `Rows` of grad_out. lse, delta: (B, H, Lq) fp32.
     """
     b, n, first_query, queries, first_key, keys = place
-    g, g_b, g_h, g_l = grad
     inside, row = rows < queries, first_query + rows
     query = load_rows(p.query + b * p.query_b + head * p.query_h, row, inside, p.query_l, WIDTH, PADDED)
     rel_query = None
     if p.rel_q is not None:
         at = p.rel_query + b * p.rel_query_b + head * p.rel_query_h
         rel_query = load_rows(at, row, inside, p.rel_query_l, WIDTH, PADDED)
-    out = load_rows(g + b * g_b + head * g_h, row, inside, g_l, VALUE_WIDTH, VALUE_PADDED)
+    out = load_rows(grad.at + b * grad.b + head * grad.h, row, inside, grad.l, VALUE_WIDTH, VALUE_PADDED)
     at = (b * p.heads + head) * p.queries + row
     # A query that is not there, or sees nothing, has lse inf: all its probabilities are 0.
     return (

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._primitives import BLOCK, AttentionProblem
 from . import attention_sums
 from ._attention_gradient import load_keys, load_queries, score_gradients, spread
-from ._attention_gradient_plan import keys_tile, queries_tile, scratch_of, widths
+from ._attention_gradient_plan import Listing, Rows, keys_tile, queries_tile, scratch_of, widths
 from ._attention_plan import grid, like_output, padded, prepared, slots
 from ._attention_tile import (
     LOG2E,
@@ -42,7 +42,7 @@ GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "re
 
 @triton.jit
 def _prepare_kernel(
-    out, out_b, out_h, out_l, grad, grad_b, grad_h, grad_l, lse, grad_lse, exponents, delta, heads, queries,
+    out, grad, lse, grad_lse, exponents, delta, heads, queries,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """exponents = log2(e) lse, inf where that is -inf, and delta = <grad, out> - grad_lse, both (B, H, Lq) fp32; one
@@ -51,8 +51,8 @@ def _prepare_kernel(
     head, b = (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
     rows = program % blocks * ROWS + tl.arange(0, ROWS)
     inside = rows < queries
-    o = load_rows(out + b * out_b + head * out_h, rows, inside, out_l, WIDTH, PADDED).to(tl.float32)
-    g = load_rows(grad + b * grad_b + head * grad_h, rows, inside, grad_l, WIDTH, PADDED).to(tl.float32)
+    o = load_rows(out.at + b * out.b + head * out.h, rows, inside, out.l, WIDTH, PADDED).to(tl.float32)
+    g = load_rows(grad.at + b * grad.b + head * grad.h, rows, inside, grad.l, WIDTH, PADDED).to(tl.float32)
     at = (b * heads + head) * queries + rows
     exponent = (tl.load(lse + at, mask=inside, other=0.0) * LOG2E).to(tl.float32)
     sum = tl.sum(o * g, 1)
@@ -129,7 +129,7 @@ def _queries_kernel(
     """The gradients of a block of queries, of their rel_query and of their scores of segments; one program per batch or
     sequence, head and block.
 
-    grad, to_query, to_rel_query: (pointer, strides of batch, head, row).
+    grad, to_query, to_rel_query: `Rows`. scratch: see `relative_scores`.
     """
     place, block, head = _place(p, p.starts_q, p.queries, p.heads, ROWS)
     b, n, first_query, queries, first_key, keys = place
@@ -150,7 +150,7 @@ def _queries_kernel(
     if p.block_offsets is not None:
         first, last = table_row(p, place, head, row)
         for entry in range(first, last):
-            block_start, bitmap = table_entry(p, entry)
+            block_start, bitmap = table_entry(p, tl.cast(entry, tl.int32))
             block_end = tl.minimum(block_start + TABLE_BLOCK, end)
             for start in range(tl.maximum(block_start, begin // COLUMNS * COLUMNS), block_end, COLUMNS):
                 sums = _queries_step(
@@ -183,11 +183,11 @@ def _queries_kernel(
                 )  # fmt: skip
     sum, rel_sum, different, same = sums
     inside = rows < queries
-    to, to_b, to_h, to_l = to_query
-    store_rows(to + b * to_b + head * to_h, first_query + rows, inside, to_l, sum * p.scale, WIDTH, PADDED)
+    to, at = to_query.at + b * to_query.b + head * to_query.h, first_query + rows
+    store_rows(to, at, inside, to_query.l, sum * p.scale, WIDTH, PADDED)
     if p.rel_q is not None:
-        to, to_b, to_h, to_l = to_rel_query
-        store_rows(to + b * to_b + head * to_h, first_query + rows, inside, to_l, rel_sum * p.scale, WIDTH, PADDED)
+        to = to_rel_query.at + b * to_rel_query.b + head * to_rel_query.h
+        store_rows(to, at, inside, to_rel_query.l, rel_sum * p.scale, WIDTH, PADDED)
     if to_segment is not None:
         at = to_segment + ((b * p.heads + head) * p.queries + rows) * 2
         tl.store(at, different, mask=inside)
@@ -252,16 +252,14 @@ def _query_range(p, place, start, reach, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _keys_kernel(
-    p, grad, lse, delta, to_key, to_value, reach, listing, listing_offsets, listing_of, scratch,
+    p, grad, lse, delta, to_key, to_value, reach, listing, scratch,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values; one program per batch or sequence, head of theirs and block. It goes
     through the query heads of the group, one after the other.
 
-    grad, to_key, to_value: (pointer, strides of batch, head, row). reach: see `_reach_kernel`, or None.
-    listing, listing_offsets: the block table by blocks of keys, see `_by_keys`, or None; listing_of: strides of batch
-    and head of the offsets, then of the listing in entries.
+    grad, to_key, to_value: `Rows`. reach: see `_reach_kernel`, or None. listing: the block table, or None.
     """
     place, block, kv_head = _place(p, p.starts_k, p.keys, p.heads // p.group, COLUMNS)
     b, n, first_query, queries, first_key, keys = place
@@ -286,9 +284,8 @@ def _keys_kernel(
     for member in range(p.group):
         head = kv_head * p.group + member
         if p.block_offsets is not None:
-            offsets_b, offsets_h, listing_b, listing_h = listing_of
-            at = listing_offsets + b * offsets_b + head * offsets_h + start // TABLE_BLOCK
-            entries = listing + (b * listing_b + head * listing_h) * 2
+            at = listing.offsets + b * listing.offsets_b + head * listing.offsets_h + start // TABLE_BLOCK
+            entries = listing.index + b * listing.index_b + head * listing.index_h
             for entry in range(tl.load(at), tl.load(at + 1)):
                 first, bitmap = tl.load(entries + entry * 2) * TABLE_BLOCK, tl.load(entries + entry * 2 + 1)
                 for row in range(tl.maximum(first, begin), tl.minimum(first + TABLE_BLOCK, end), ROWS):
@@ -315,18 +312,17 @@ def _keys_kernel(
                     )  # fmt: skip
     by_scores, by_rows, by_weights = sums
     inside, at = cols < keys, first_key + cols
-    to, to_b, to_h, to_l = to_key
-    store_rows(to + b * to_b + kv_head * to_h, at, inside, to_l, (by_scores + by_rows) * p.scale, WIDTH, PADDED)
-    to, to_b, to_h, to_l = to_value
-    store_rows(to + b * to_b + kv_head * to_h, at, inside, to_l, by_weights, VALUE_WIDTH, VALUE_PADDED)
+    to = to_key.at + b * to_key.b + kv_head * to_key.h
+    store_rows(to, at, inside, to_key.l, (by_scores + by_rows) * p.scale, WIDTH, PADDED)
+    to = to_value.at + b * to_value.b + kv_head * to_value.h
+    store_rows(to, at, inside, to_value.l, by_weights, VALUE_WIDTH, VALUE_PADDED)
 
 
 # --- Launchers ---
 
 
-def _by_keys(problem: AttentionProblem) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-    """The block table by blocks of keys, (T, entries, 2) int32: block of queries (rising), bitmap or -1; where each
-    block of keys begins, (T, blocks of keys + 1) int32; and the strides, see `_keys_kernel`. Made on the device."""
+def _by_keys(problem: AttentionProblem) -> Listing:
+    """The block table by blocks of keys, made on the device."""
     offsets, index = problem.block_offsets, problem.block_index
     batch, heads, rows = offsets.shape[0], offsets.shape[1], offsets.shape[2] - 1
     columns = triton.cdiv(problem.key.shape[2], BLOCK)
@@ -341,12 +337,7 @@ def _by_keys(problem: AttentionProblem) -> tuple[Tensor, Tensor, tuple[int, int,
     starts = torch.searchsorted(place, starts.expand(tables.shape[0], -1).contiguous(), out_int32=True)
     listing = torch.stack([row.gather(1, order), bitmap.gather(1, order)], -1).to(torch.int32)
     steps = 0 if batch == 1 else heads, 0 if heads == 1 else 1
-    return listing, starts, (*(s * (columns + 1) for s in steps), *(s * most for s in steps))
-
-
-def _bundle(tensor: Tensor) -> tuple:
-    """The pointer and the strides of batch, head and row."""
-    return (tensor, *tensor.stride()[:3])
+    return Listing(listing, *(2 * most * s for s in steps), starts, *((columns + 1) * s for s in steps))
 
 
 def _prepare(problem, out, lse, grad_out, grad_lse) -> tuple[Tensor, Tensor]:
@@ -354,7 +345,7 @@ def _prepare(problem, out, lse, grad_out, grad_lse) -> tuple[Tensor, Tensor]:
     batch, heads, queries, width = out.shape
     exponents, delta = (out.new_empty((batch, heads, queries), dtype=torch.float32) for _ in range(2))
     _prepare_kernel[grid(triton.cdiv(queries, PREPARED_ROWS) * heads * batch)](
-        *_bundle(out), *_bundle(grad_out), lse, grad_lse, exponents, delta, heads, queries,
+        Rows.of(out), Rows.of(grad_out), lse, grad_lse, exponents, delta, heads, queries,
         WIDTH=width, PADDED=padded(width), ROWS=PREPARED_ROWS,
     )  # fmt: skip
     return exponents, delta
@@ -407,7 +398,7 @@ def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
             if problem.sinks is not None:
                 grads["sinks"] = _of_sinks(problem.sinks, lse, delta)
             if key.shape[2] > 0:
-                upstream = _bundle(grad_out), exponents, delta
+                upstream = Rows.of(grad_out), exponents, delta
                 _of_queries(problem, p, upstream, grads)
                 _of_keys(problem, p, upstream, grads)
                 for name in ("dense", "diag", "rel_q", "rel_k"):
@@ -432,7 +423,7 @@ def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: d
     programs = slots(problem, tile.rows) * batch * heads
     scratch, band = scratch_of(problem, tile, programs)
     _queries_kernel[grid(programs)](
-        p, *upstream, _bundle(grads["query"]), None if problem.rel_query is None else _bundle(grads["rel_query"]), segment,
+        p, *upstream, Rows.of(grads["query"]), None if problem.rel_query is None else Rows.of(grads["rel_query"]), segment,
         scratch, BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip
 
@@ -442,7 +433,7 @@ def _of_keys(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict
     batch, kv_heads, _, _ = problem.key.shape
     tile = keys_tile(problem)
     blocks = slots(problem, tile.columns, "key")
-    reach, listing = None, (None, None, None)
+    reach = listing = None
     if problem.intervals is not None:
         rows = blocks * problem.intervals.shape[0]
         reach = problem.query.new_empty((rows, 2), dtype=torch.int32)
@@ -452,6 +443,6 @@ def _of_keys(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict
     programs = blocks * batch * kv_heads
     scratch, band = scratch_of(problem, tile, programs)
     _keys_kernel[grid(programs)](
-        p, *upstream, _bundle(grads["key"]), _bundle(grads["value"]), reach, *listing, scratch,
+        p, *upstream, Rows.of(grads["key"]), Rows.of(grads["value"]), reach, listing, scratch,
         BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from ._attention_tile import (
     key_range,
     limits,
     load_rows,
+    power,
     relative_scores,
     scores,
     softcapped,
@@ -34,7 +35,7 @@ def sequence(p, n):
 @triton.jit
 def load_queries(p, place, head, rows, grad, lse, delta, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                  VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
-    """What a tile needs of its queries: rows of query, rel_query (or None) and grad_out, log2(e) lse, delta.
+    """What a tile needs of its queries: rows of query, rel_query (or None) and grad_out, lse in units, delta.
 
     grad: `Rows` of grad_out. lse, delta: (B, H, Lq) fp32.
     """
@@ -93,7 +94,7 @@ def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, o
         relative = relative_scores(
             p, place, head, rel_query, key, row, start, scratch, WIDTH, PADDED, ROWS, COLUMNS, BAND
         )
-    weights = tl.exp2(scores(p, place, head, rows, cols, product, relative) - lse[:, None])
+    weights = power(p, scores(p, place, head, rows, cols, product, relative) - lse[:, None])
     if MASKED:
         weights = tl.where(visible(p, place, head, rows, cols, low, high, bitmap), weights, 0.0)
     dropped, gradient = weights, tl.dot(out, tl.trans(value), input_precision="ieee")

@@ -15,7 +15,6 @@ from ._attention_gradient import load_keys, load_queries, score_gradients, sprea
 from ._attention_gradient_plan import Listing, Rows, keys_tile, queries_tile, scratch_of, widths
 from ._attention_plan import grid, like_output, padded, prepared, slots
 from ._attention_tile import (
-    LOG2E,
     TABLE_BLOCK,
     Problem,
     key_range,
@@ -27,6 +26,7 @@ from ._attention_tile import (
     store_rows,
     table_entry,
     table_row,
+    to_units,
     whole,
 )
 from ._launch import check, on, readable
@@ -42,24 +42,24 @@ GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "re
 
 @triton.jit
 def _prepare_kernel(
-    out, grad, lse, grad_lse, exponents, delta, heads, queries,
+    p, out, grad, lse, grad_lse, units, delta,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """exponents = log2(e) lse, inf where that is -inf, and delta = <grad, out> - grad_lse, both (B, H, Lq) fp32; one
-    program per batch, head and block of queries."""
-    program, blocks = tl.program_id(0), tl.cdiv(queries, ROWS)
-    head, b = (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
+    """units = lse in the units of scores, inf where it is -inf, and delta = <grad, out> - grad_lse, both (B, H, Lq)
+    fp32; one program per batch, head and block of queries."""
+    program, blocks = tl.program_id(0), tl.cdiv(p.queries, ROWS)
+    head, b = (program // blocks % p.heads).to(tl.int64), (program // blocks // p.heads).to(tl.int64)
     rows = program % blocks * ROWS + tl.arange(0, ROWS)
-    inside = rows < queries
+    inside = rows < p.queries
     o = load_rows(out.at + b * out.b + head * out.h, rows, inside, out.l, WIDTH, PADDED).to(tl.float32)
     g = load_rows(grad.at + b * grad.b + head * grad.h, rows, inside, grad.l, WIDTH, PADDED).to(tl.float32)
-    at = (b * heads + head) * queries + rows
-    exponent = (tl.load(lse + at, mask=inside, other=0.0) * LOG2E).to(tl.float32)
+    at = (b * p.heads + head) * p.queries + rows
+    exponent = to_units(p, tl.load(lse + at, mask=inside, other=0.0)).to(tl.float32)
     sum = tl.sum(o * g, 1)
     if grad_lse is not None:
         sum -= tl.load(grad_lse + at, mask=inside, other=0.0).to(tl.float32)
     dead = exponent == -float("inf")
-    tl.store(exponents + at, tl.where(dead, float("inf"), exponent), mask=inside)
+    tl.store(units + at, tl.where(dead, float("inf"), exponent), mask=inside)
     tl.store(delta + at, tl.where(dead, 0.0, sum), mask=inside)
 
 
@@ -340,15 +340,15 @@ def _by_keys(problem: AttentionProblem) -> Listing:
     return Listing(listing, *(2 * most * s for s in steps), starts, *((columns + 1) * s for s in steps))
 
 
-def _prepare(problem, out, lse, grad_out, grad_lse) -> tuple[Tensor, Tensor]:
-    """log2(e) lse and delta of every query, see `_prepare_kernel`."""
+def _prepare(p: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lse in units and delta of every query, see `_prepare_kernel`."""
     batch, heads, queries, width = out.shape
-    exponents, delta = (out.new_empty((batch, heads, queries), dtype=torch.float32) for _ in range(2))
+    units, delta = (out.new_empty((batch, heads, queries), dtype=torch.float32) for _ in range(2))
     _prepare_kernel[grid(triton.cdiv(queries, PREPARED_ROWS) * heads * batch)](
-        Rows.of(out), Rows.of(grad_out), lse, grad_lse, exponents, delta, heads, queries,
+        p, Rows.of(out), Rows.of(grad_out), lse, grad_lse, units, delta,
         WIDTH=width, PADDED=padded(width), ROWS=PREPARED_ROWS,
     )  # fmt: skip
-    return exponents, delta
+    return units, delta
 
 
 def _of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -394,11 +394,11 @@ def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
     batch, heads, queries, _ = query.shape
     with on(query.device):
         if batch * heads * queries > 0:
-            exponents, delta = _prepare(problem, out, lse, grad_out, grad_lse)
+            units, delta = _prepare(p, out, lse, grad_out, grad_lse)
             if problem.sinks is not None:
                 grads["sinks"] = _of_sinks(problem.sinks, lse, delta)
             if key.shape[2] > 0:
-                upstream = Rows.of(grad_out), exponents, delta
+                upstream = Rows.of(grad_out), units, delta
                 _of_queries(problem, p, upstream, grads)
                 _of_keys(problem, p, upstream, grads)
                 for name in ("dense", "diag", "rel_q", "rel_k"):

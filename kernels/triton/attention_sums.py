@@ -168,7 +168,7 @@ def _row_sums_kernel(strips, order, offsets, sums, length, rows, width, TERMS: t
     tl.store(sums + (n * rows + row) * width + column, tl.sum(total, 0)[None, :], mask=column < width)
 
 
-# --- Host: the gradients that `attention_backward` returns. `upstream`: (bundle of grad_out, exponents, delta) ---
+# --- Host: the gradients that `attention_backward` returns. `upstream`: (`Rows` of grad_out, lse in units, delta) ---
 
 
 def _sum_rows(strips: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -221,9 +221,12 @@ def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, b
     batch, heads, queries, width = problem.query.shape
     keys, tile = problem.key.shape[2], sums_tile(problem)
     size = tile.rows
-    # Bands count from the first pair; in packed calls from distance 0, the key number total_k - 1 of a strip.
-    before, after = (queries, keys) if problem.cu_seqlens_q is None else (keys, queries)
-    before, after = triton.cdiv(before, size), triton.cdiv(after, size)
+    # Bands count from the first pair, with key - query = 0; in packed calls from distance 0, and tiles may begin before
+    # the first key.
+    if problem.cu_seqlens_q is None:
+        smallest, before, after = 1 - queries, triton.cdiv(queries, size), triton.cdiv(keys, size)
+    else:
+        smallest, before, after = 1 - keys, triton.cdiv(keys, size) + 1, triton.cdiv(queries, size)
     bands = before + after - 1
     groups = batch // batches
     columns = 1 if kind == DIAG.value else width
@@ -234,7 +237,7 @@ def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, b
         p, *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
         **widths(problem), SIZE=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    first = before * size - (queries if problem.cu_seqlens_q is None else keys)
+    first = before * size - 1 + smallest  # the first band's smallest difference is 1 - before * size
     return _joined(partial, first, queries + keys - 1).unflatten(0, (groups, heads))
 
 

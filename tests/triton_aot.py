@@ -42,14 +42,29 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pyext._primitives import POLICIES
-from pyext.kernels import _attention_configs, _gemm, _launch, attention, gated_linear, glu, moe_dispatch, moe_experts, moe_route, rotary
+from pyext.kernels import (
+    _attention_configs,
+    _gemm,
+    _launch,
+    gated_linear,
+    glu,
+    moe_dispatch,
+    moe_experts,
+    moe_route,
+    rotary,
+)
+
+from . import triton_aot_attention
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-TABLES = {"gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS}
+TABLES = {
+    "gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS, "attention": _attention_configs.CONFIGS
+}  # fmt: skip
+BY_ARCHITECTURE = (_gemm, _attention_configs)  # the modules that choose configurations
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COUNTED = {
     "HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA", "FFMA": r"\bFFMA", "spills": r"\b(?:STL|LDL)",
@@ -237,6 +252,7 @@ def scenarios(arch: int, everything: bool) -> Iterator[tuple[str, bool, Callable
             yield f"routed to {count} {TYPES[dtype]}", False, call
     for dtype in dtypes(_launch.DTYPES):
         yield f"odd sizes {TYPES[dtype]}", False, lambda dtype=dtype: unaligned(dtype)
+    yield from triton_aot_attention.scenarios(dtypes, everything)
 
 
 def record(arch: int, everything: bool) -> list[Kernel]:
@@ -251,12 +267,15 @@ def record(arch: int, everything: bool) -> list[Kernel]:
 
     stock, JITFunction.run = JITFunction.run, run
     of_device = _launch.architecture
-    _gemm.architecture = lambda device: arch
+    for module in BY_ARCHITECTURE:
+        module.architecture = lambda device: arch
     try:
         for scenario, wide, call in scenarios(arch, everything):  # noqa: B007  (`run` reads them)
             call()
     finally:
-        JITFunction.run, _gemm.architecture = stock, of_device
+        JITFunction.run = stock
+        for module in BY_ARCHITECTURE:
+            module.architecture = of_device
     return list(found.values())
 
 
@@ -363,7 +382,7 @@ def faults(report: Report, local: int) -> Iterator[str]:
 def matrix_unit(kernel: Kernel) -> str | None:
     """What should compute the products: the units for whole warpgroups need 64 rows; fp32 is exact on none."""
     constants = dict(kernel.constants)
-    if "DEPTH" not in constants:
+    if "DEPTH" not in constants and not {"WIDTH", "ROWS", "COLUMNS"} <= constants.keys():
         return None
     types = {t for kind in dict(kernel.signature).values() for t in ([kind] if isinstance(kind, str) else kind)}
     if not {"*bf16", "*fp16"} & types:

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 from .._primitives import AttentionProblem
+from ._attention_plan import padded
+from ._launch import architecture
 
 
 class Config(NamedTuple):
@@ -12,12 +14,56 @@ class Config(NamedTuple):
     columns: int
     warps: int
     stages: int
-    resident: int = 4  # programs of a multiprocessor, where they walk the blocks
+    resident: int = 2  # programs of a multiprocessor, where a fixed number of them walks the blocks
 
     def options(self) -> dict[str, int]:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "num_stages": self.stages}
 
 
-def forward_config(problem: AttentionProblem, queries: int) -> Config:
-    """For so many queries of a sequence."""
-    return Config(64, 64, 4, 2)
+WIDTHS = (64, 128, 256)  # of the wider head, of query and value; a configuration for each
+#: What a call has decides what a tile holds besides products: nothing ("plain": windows, intervals, softcap, sinks),
+#: numbers of every pair ("pairs": biases, masks, dropout), or bands of relative rows ("relative").
+_PAIRS = ("dense", "diag", "segment", "mask", "block_offsets")
+
+
+def kind_of(problem: AttentionProblem) -> str:
+    if problem.rel_index is not None:
+        return "relative"
+    pairs = problem.dropout_p > 0 or any(getattr(problem, name) is not None for name in _PAIRS)
+    return "pairs" if pairs else "plain"
+
+
+#: (kind, element size) -> architecture -> a configuration for each of WIDTHS. fp32 has no matrix units.
+_PLAIN_FP32 = (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2))
+_PAIRS_FP32 = (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2))
+_RELATIVE_FP32 = (Config(16, 16, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2))
+CONFIGS = {
+    ("plain", 2): {
+        80: (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 32, 8, 2)),
+        90: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
+        100: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
+    },
+    ("pairs", 2): {
+        80: (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        90: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        100: (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    },
+    ("relative", 2): {
+        80: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+        90: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+        100: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+    },
+    ("plain", 4): dict.fromkeys((80, 90, 100), _PLAIN_FP32),
+    ("pairs", 4): dict.fromkeys((80, 90, 100), _PAIRS_FP32),
+    ("relative", 4): dict.fromkeys((80, 90, 100), _RELATIVE_FP32),
+}
+#: The same for at most FEW rows of queries, whose calls are bound by reading the keys; `rows` is then what they need.
+FEW = 64
+
+
+def forward_config(problem: AttentionProblem) -> Config:
+    """The tile of the forward."""
+    query = problem.query
+    width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
+    table = CONFIGS[kind_of(problem), query.element_size()]
+    return table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]

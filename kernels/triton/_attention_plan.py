@@ -11,6 +11,7 @@ from ._launch import DTYPES, check, power_of_two, readable
 
 WIDEST = 256  # head dimension
 LONGEST = 2**29  # sequence; numbers of queries and keys, and their sums, are int32 in the kernels
+MOST_SEQUENCES = 2**21  # of a packed call
 _LARGEST = 2**31 - 1  # programs of a launch
 
 
@@ -127,8 +128,9 @@ def _check_masks(p: AttentionProblem) -> None:
         starts = (p.cu_seqlens_q, p.cu_seqlens_k)
         check(
             batch == 1 and all(s is not None and s.dim() == 1 and s.dtype == int32 for s in starts)
-            and starts[0].shape == starts[1].shape and starts[0].shape[0] > 0,
-            "cu_seqlens must be int32 (sequences + 1,), with batch 1",
+            and starts[0].shape == starts[1].shape and 0 < starts[0].shape[0] <= MOST_SEQUENCES
+            and (starts[0].shape[0] > 1 or queries == 0),
+            f"cu_seqlens must be int32 (sequences + 1,), at most {MOST_SEQUENCES}, with batch 1",
         )  # fmt: skip
         check(
             p.dense is None and p.mask is None and p.segment is None and p.block_offsets is None,

@@ -112,6 +112,16 @@ def _stretch(starts, n, total):
 
 
 @triton.jit
+def _last_reached(p, starts, slot, low, STEP: tl.constexpr, SIZE: tl.constexpr):
+    """The last of 128 sequences, STEP apart from `low` on, whose slots begin at `slot` or before. (A loop over a binary
+    search would hide from Triton 3.9 how the pointers computed afterwards are aligned.)"""
+    n = low + tl.arange(0, 128) * STEP
+    inside = n < p.sequences
+    reached = inside & (tl.load(starts + n, mask=inside, other=0) // SIZE + n <= slot)
+    return low + (tl.maximum(tl.sum(reached.to(tl.int32), 0), 1) - 1) * STEP
+
+
+@triton.jit
 def packed(p, starts, slot, SIZE: tl.constexpr):
     """The place of one of the blocks of SIZE rows of a packed call, and the number of the block in its sequence.
 
@@ -119,13 +129,9 @@ def packed(p, starts, slot, SIZE: tl.constexpr):
     starts[n] // SIZE + n on: at least as many as it has blocks, in total // SIZE + sequences slots. A block that
     begins beyond its sequence is empty.
     """
-    low = slot * 0
-    high = low + p.sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        reached = tl.load(starts + middle) // SIZE + middle <= slot
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle)
+    low = _last_reached(p, starts, slot, slot * 0, 128 * 128, SIZE)
+    low = _last_reached(p, starts, slot, low, 128, SIZE)
+    low = _last_reached(p, starts, slot, low, 1, SIZE)
     first_query, queries = _stretch(p.starts_q, low, p.queries)
     first_key, keys = _stretch(p.starts_k, low, p.keys)
     block = slot - (tl.load(starts + low) // SIZE + low)
@@ -289,9 +295,42 @@ def same_segment(p, place, rows, cols):
     return of_query[:, None] == of_key[None, :]
 
 
+# Scores are held in units of log2, in which exp is exp2; but with a dense bias, whose values may be as large as numbers
+# get, in natural ones.
+
+
+@triton.jit
+def to_units(p, natural):
+    """What is natural, such as a sink or an LSE, in the units of `scores`."""
+    result = natural
+    if p.dense is None:
+        result = natural * LOG2E
+    return result
+
+
+@triton.jit
+def power(p, difference):
+    """exp of a difference of scores."""
+    if p.dense is not None:
+        difference *= LOG2E
+    return tl.exp2(difference)
+
+
+@triton.jit
+def log_sum(p, maximum, total):
+    """The natural log of total * exp(maximum), of a maximum in the units of `scores`."""
+    result = tl.log2(total) * LN2
+    if p.dense is None:
+        result += maximum * LN2
+    else:
+        result += maximum
+    return result
+
+
 @triton.jit
 def scores(p, place, head, rows, cols, product, relative):
-    """log2(e) * S for a tile of q k^T; `relative` as `relative_scores` gives it, or None. # [ROWS, COLUMNS] fp32"""
+    """S in the units above for a tile of q k^T; `relative` as `relative_scores` gives it, or None.
+    # [ROWS, COLUMNS] fp32"""
     if p.dense is None and p.diag is None and p.segment is None and relative is None and p.softcap is None:
         score = product * (p.scale * LOG2E)
     else:
@@ -299,7 +338,7 @@ def scores(p, place, head, rows, cols, product, relative):
         score = biased(p, place, head, rows, cols, score)
         if relative is not None:
             score += relative
-        score *= LOG2E
+        score = to_units(p, score)
     return score
 
 
@@ -310,11 +349,33 @@ def scores(p, place, head, rows, cols, product, relative):
 def relative_band(p, place, row, start, ROWS: tl.constexpr, BAND: tl.constexpr):
     """The rows of rel_q and rel_k that a tile from query `row` and key `start` on touches, one per distance, the
     smallest first, and whether there is one. # 2 x [BAND]"""
+    return relative_numbers(p, place, start - (row + ROWS - 1) + tl.arange(0, BAND))
+
+
+@triton.jit
+def relative_numbers(p, place, offset):
+    """The rows of rel_q and rel_k for pairs with key - query = offset, and whether there is one. # like offset"""
     b, n, first_query, queries, first_key, keys = place
-    u = start - (row + ROWS - 1) + (p.keys - 1 - (keys - queries)) + tl.arange(0, BAND)
+    u = offset + (p.keys - 1 - (keys - queries))
     known = (u >= 0) & (u < p.strip)
     number = tl.load(p.rel_index + u, mask=known, other=0)
     return number, known & (number >= 0) & (number < p.rel_rows)
+
+
+@triton.jit
+def _band_product(
+    p, place, left, table, stride, offset, scratch,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, BAND: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """scratch[:, w] = left . (the row of `table` for key - query = offset + w), w < WHOLE, PIECE of them at a time: few
+    registers. left: [ROWS, PADDED]."""
+    for first in range(0, WHOLE, PIECE):
+        w = first + tl.arange(0, PIECE)
+        number, known = relative_numbers(p, place, offset + w)
+        band = load_rows(table, number, known, stride, WIDTH, PADDED)  # [PIECE, PADDED]
+        product = tl.dot(left, tl.trans(band), input_precision="ieee")  # [ROWS, PIECE]
+        tl.store(scratch + (tl.arange(0, ROWS) * BAND)[:, None] + w[None, :], product)
 
 
 @triton.jit
@@ -330,23 +391,24 @@ def relative_scores(
     Args:
         rel_query: [ROWS, PADDED] or None. key: [COLUMNS, PADDED], for rel_k. WIDTH: the features of a row.
     """
-    number, known = relative_band(p, place, row, start, ROWS, BAND)
-    i, j, w = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, BAND)
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     skew = j[None, :] - i[:, None] + (ROWS - 1)
+    offset = start - (row + ROWS - 1)
+    PIECE: tl.constexpr = min(ROWS, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if p.rel_q is not None:
-        band = load_rows(
-            p.rel_q + place[0] * p.rel_q_b + head * p.rel_q_h, number, known, p.rel_q_l, WIDTH, PADDED
-        )  # [BAND, PADDED]
-        product = tl.dot(rel_query, tl.trans(band), input_precision="ieee")  # [ROWS, BAND]
-        tl.store(scratch + i[:, None] * BAND + w[None, :], product)
+        table = p.rel_q + place[0] * p.rel_q_b + head * p.rel_q_h
+        _band_product(
+            p, place, rel_query, table, p.rel_q_l, offset, scratch, WIDTH, PADDED, ROWS, PIECE, BAND, ROWS + COLUMNS
+        )
         tl.debug_barrier()
         total += tl.load(scratch + i[:, None] * BAND + skew)
         tl.debug_barrier()
     if p.rel_k is not None:
-        band = load_rows(p.rel_k + place[0] * p.rel_k_b + head * p.rel_k_h, number, known, p.rel_k_l, WIDTH, PADDED)
-        product = tl.dot(key, tl.trans(band), input_precision="ieee")  # [COLUMNS, BAND]
-        tl.store(scratch + j[:, None] * BAND + w[None, :], product)
+        table = p.rel_k + place[0] * p.rel_k_b + head * p.rel_k_h
+        _band_product(
+            p, place, key, table, p.rel_k_l, offset, scratch, WIDTH, PADDED, COLUMNS, PIECE, BAND, ROWS + COLUMNS
+        )
         tl.debug_barrier()
         total += tl.load(scratch + j[None, :] * BAND + skew)
         tl.debug_barrier()

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._primitives import AttentionProblem
-from ._attention_configs import Config, forward_config
+from ._attention_configs import FEW, Config, forward_config
 from ._attention_plan import grid, like_output, padded, prepared, processors, slots
 from ._attention_tile import (
     LN2,
@@ -24,18 +24,20 @@ from ._attention_tile import (
     key_range,
     limits,
     load_rows,
+    log_sum,
     packed,
+    power,
     relative_scores,
     scores,
     store_rows,
     table_entry,
     table_row,
+    to_units,
     visible,
     whole,
 )
 from ._launch import on, power_of_two
 
-FEW = 64  # query rows of all heads that share a key head: up to so many are one block
 LEAST_KEYS = 256  # of a program that takes a part of the keys
 MERGED = 16  # rows of a program of the merge
 
@@ -49,7 +51,7 @@ def _tile(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE: tl.constexpr, VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: maximum and total [ROWS] in units of log2, sum [ROWS, VALUE_PADDED]."""
+    """One step of the online softmax: maximum [ROWS] in units of `scores`, total [ROWS], sum [ROWS, VALUE_PADDED]."""
     cols = start + tl.arange(0, COLUMNS)
     inside = cols < place[5] if MASKED else None
     k = load_rows(key, cols, inside, p.key_l, WIDTH, PADDED)
@@ -65,8 +67,8 @@ def _tile(
         score = tl.where(visible(p, place, head, rows, cols, low, high, bitmap), score, float("-inf"))
     highest = tl.maximum(maximum, tl.max(score, 1))
     origin = tl.where(highest == float("-inf"), 0.0, highest)
-    probability = tl.exp2(score - origin[:, None])
-    shrink = tl.exp2(maximum - origin)
+    probability = power(p, score - origin[:, None])
+    shrink = power(p, maximum - origin)
     total = total * shrink + tl.sum(probability, 1)
     if p.seed is not None:
         probability = tl.where(keep(p, place, head, rows, start, ROWS, COLUMNS), probability, 0.0)
@@ -173,8 +175,8 @@ def _block(
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if p.sinks is not None:  # one more key, of the first part
-        sink = tl.reshape(tl.zeros((ROWS, 1), tl.float32) + tl.load(p.sinks + head), (ROWS,)) * LOG2E
-        maximum = tl.where(split == 0, sink, maximum)
+        sink = tl.reshape(tl.zeros((ROWS, 1), tl.float32) + tl.load(p.sinks + head), (ROWS,))
+        maximum = tl.where(split == 0, to_units(p, sink), maximum)
         total = tl.where(maximum == float("-inf"), 0.0, 1.0)
     maximum, total, sum = _keys(
         p, place, head, rows, split, splits, query, rel_query, key, value, scratch, maximum, total,
@@ -189,7 +191,7 @@ def _block(
     out += split.to(tl.int64) * out_s + b * out_b + head * out_h
     store_rows(out, at, inside, out_l, sum, VALUE, VALUE_PADDED)
     lse += split.to(tl.int64) * lse_s + ((b * p.heads + head) * p.queries + at[:, None])
-    result = tl.where(nothing, float("-inf"), (maximum + tl.log2(total)) * LN2)
+    result = tl.where(nothing, float("-inf"), log_sum(p, maximum, total))
     tl.store(lse, result[:, None].to(lse.dtype.element_ty), mask=inside[:, None])
 
 
@@ -263,10 +265,11 @@ class _Shape(NamedTuple):
         each = queries
         if p.starts_q is not None:  # a sequence's, about
             each = triton.cdiv(queries, max(p.sequences, 1))
-        config = forward_config(problem, each)
+        config = forward_config(problem)
         per_block, together = power_of_two(each, 1, config.rows), 1
         alone = p.rel_index is not None or p.block_offsets is not None
-        if p.group > 1 and not alone and per_block * power_of_two(p.group, 1, FEW) <= FEW >= p.group:
+        together_rows = power_of_two(each, 1, FEW) * power_of_two(p.group, 1, FEW)
+        if 1 < p.group <= FEW and not alone and together_rows <= min(max(config.rows, 16), FEW):
             together = max(power_of_two(p.group, 1, FEW), 16 // per_block)
         rows = max(per_block * together, 16)
         config = config._replace(rows=rows)

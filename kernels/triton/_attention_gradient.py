@@ -35,14 +35,15 @@ def sequence(p, n):
 @triton.jit
 def load_queries(p, place, head, rows, grad, lse, delta, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                  VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
-    """What a tile needs of its queries: rows of query, rel_query (or None) and grad_out, lse in units, delta.
+    """What a tile needs of its queries: rows of query, rel_query (of query without rel_q) and
+    grad_out, lse in units, delta.
 
     grad: `Rows` of grad_out. lse, delta: (B, H, Lq) fp32.
     """
     b, n, first_query, queries, first_key, keys = place
     inside, row = rows < queries, first_query + rows
     query = load_rows(p.query + b * p.query_b + head * p.query_h, row, inside, p.query_l, WIDTH, PADDED)
-    rel_query = None
+    rel_query = query
     if p.rel_q is not None:
         at = p.rel_query + b * p.rel_query_b + head * p.rel_query_h
         rel_query = load_rows(at, row, inside, p.rel_query_l, WIDTH, PADDED)
@@ -152,7 +153,7 @@ def look_at_tile(p, place, head, rows, row, start, COLUMNS: tl.constexpr):
     low, high = limits(p, place, rows)
     begin, end, _, _ = key_range(low, high, rows < place[3])
     seen = (begin < start + COLUMNS) & (end > start)
-    bitmap = None
+    bitmap = start * 0
     if p.block_offsets is not None:
         found, bitmap = listed(p, place, head, row, tl.maximum(start, 0))
         seen = seen & found

@@ -82,14 +82,25 @@ def _keep_each(p, place, head, rows, cols):
 
 
 @triton.jit
+def _product(of_queries, of_keys, BY_KEYS: tl.constexpr):
+    """of_queries of_keys^T. BY_KEYS: computed as its transpose, whose registers a product of the transpose then takes as
+    they are. # [ROWS, COLUMNS] fp32"""
+    if BY_KEYS:
+        product = tl.trans(tl.dot(of_keys, tl.trans(of_queries), input_precision="ieee"))
+    else:
+        product = tl.dot(of_queries, tl.trans(of_keys), input_precision="ieee")
+    return product
+
+
+@triton.jit
 def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-                    MASKED: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                    MASKED: tl.constexpr, ALIGNED: tl.constexpr, BY_KEYS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):  # fmt: skip
     """(P after dropout, dS, the gradient of scale * q k^T) of the tile from query `row` and key `start` on, from what
     `load_queries` and `load_keys` gave. Not MASKED: every query sees every key.
-    ALIGNED: `start` is a multiple of 4. # 3 x [ROWS, COLUMNS] fp32"""
+    ALIGNED: `start` is a multiple of 4. BY_KEYS: see `_product`. # 3 x [ROWS, COLUMNS] fp32"""
     query, rel_query, out, lse, delta = of_queries
-    product = tl.dot(query, tl.trans(key), input_precision="ieee")
+    product, gradient = _product(query, key, BY_KEYS), _product(out, value, BY_KEYS)
     relative = None
     if p.rel_index is not None:
         relative = relative_scores(
@@ -98,7 +109,7 @@ def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, o
     weights = power(p, scores(p, place, head, rows, cols, product, relative) - lse[:, None])
     if MASKED:
         weights = tl.where(visible(p, place, head, rows, cols, low, high, bitmap), weights, 0.0)
-    dropped, gradient = weights, tl.dot(out, tl.trans(value), input_precision="ieee")
+    dropped = weights
     if p.seed is not None:
         if ALIGNED:
             kept = keep(p, place, head, rows, start, ROWS, COLUMNS)

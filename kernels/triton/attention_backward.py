@@ -93,6 +93,19 @@ def _place(p, starts, rows, heads, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _tiles(begin, end, full_begin, full_end, ANY_FULL: tl.constexpr, SIZE: tl.constexpr):
+    """The tiles of a range, begin <= full_begin <= full_end <= end, in multiples of SIZE; those of the range within are
+    full."""
+    begin = begin // SIZE * SIZE
+    end = tl.maximum(tl.cdiv(end, SIZE) * SIZE, begin)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, SIZE) * SIZE, begin), end)
+    full_end = tl.minimum(tl.maximum(full_end // SIZE * SIZE, full_begin), end)
+    if not ANY_FULL:
+        full_end = full_begin
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
 def _queries_step(
     p, place, head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, MASKED: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
@@ -104,7 +117,7 @@ def _queries_step(
     key, value = load_keys(p, place, head // p.group, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
     _, ds, d_product = score_gradients(
         p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-        MASKED, True, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+        MASKED, True, False, WIDTH, PADDED, ROWS, COLUMNS, BAND,
     )  # fmt: skip
     to_query = tl.dot(d_product.to(key.dtype), key, to_query, input_precision="ieee")
     if p.rel_q is not None:
@@ -158,29 +171,19 @@ def _queries_kernel(
                     WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                 )  # fmt: skip
     else:
-        begin = begin // COLUMNS * COLUMNS
-        full_begin, full_end = tl.cdiv(full_begin, COLUMNS) * COLUMNS, full_end // COLUMNS * COLUMNS
-        full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
-        full_end = tl.maximum(full_end, full_begin)
-        if p.mask is not None:
-            full_begin = end
-            full_end = end
-        for start in range(begin, full_begin, COLUMNS):
-            sums = _queries_step(
-                p, place, head, rows, low, high, None, row, start, of_queries, sums, scratch, True,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-            )  # fmt: skip
+        begin, full_begin, full_end, end = _tiles(begin, end, full_begin, full_end, p.mask is None, COLUMNS)
         if p.mask is None:
             for start in range(full_begin, full_end, COLUMNS):
                 sums = _queries_step(
-                    p, place, head, rows, low, high, None, row, start, of_queries, sums, scratch, False,
+                    p, place, head, rows, low, high, 0, row, start, of_queries, sums, scratch, False,
                     WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                 )  # fmt: skip
-            for start in range(full_end, end, COLUMNS):
-                sums = _queries_step(
-                    p, place, head, rows, low, high, None, row, start, of_queries, sums, scratch, True,
-                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-                )  # fmt: skip
+        for step in range(begin, end - (full_end - full_begin), COLUMNS):  # around the full tiles
+            start = step + tl.where(step < full_begin, 0, full_end - full_begin)
+            sums = _queries_step(
+                p, place, head, rows, low, high, 0, row, start, of_queries, sums, scratch, True,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+            )  # fmt: skip
     sum, rel_sum, different, same = sums
     inside = rows < queries
     to, at = to_query.at + b * to_query.b + head * to_query.h, first_query + rows
@@ -209,7 +212,7 @@ def _keys_step(
         low, high = limits(p, place, rows)
     weights, ds, d_product = score_gradients(
         p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-        MASKED, True, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+        MASKED, True, True, WIDTH, PADDED, ROWS, COLUMNS, BAND,
     )  # fmt: skip
     query, _, out, _, _ = of_queries
     to_value = tl.dot(tl.trans(weights.to(out.dtype)), out, to_value, input_precision="ieee")
@@ -225,8 +228,7 @@ def _keys_step(
 
 @triton.jit
 def _query_range(p, place, start, reach, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(begin, end) of the queries that see any of the keys from `start` on, and (full_begin, full_end) of those within
-    that see all, in whole tiles of ROWS but for `end`."""
+    """As `_tiles`, of the queries that see any of the keys from `start` on, and those that see all."""
     queries, keys = place[3], place[5]
     last = tl.minimum(start + COLUMNS, keys) - 1
     begin, end = start * 0, start * 0 + queries
@@ -240,14 +242,9 @@ def _query_range(p, place, start, reach, ROWS: tl.constexpr, COLUMNS: tl.constex
     if reach is not None:
         begin, end = tl.load(reach), tl.load(reach + 1)
     end = tl.where(start < keys, end, 0)
-    begin = begin // ROWS * ROWS
-    # The last tile may be a full one: queries that are not there have probability 0.
-    full_end = tl.where(full_end == queries, tl.cdiv(full_end, ROWS), tl.maximum(full_end, 0) // ROWS) * ROWS
-    full_begin = tl.maximum(tl.cdiv(full_begin, ROWS) * ROWS, begin)
-    if p.mask is not None or p.intervals is not None:
-        full_begin = tl.maximum(begin, end)
-    full_begin = tl.minimum(full_begin, tl.maximum(begin, end))
-    return begin, end, full_begin, tl.maximum(full_end, full_begin)
+    # Of the last tile all queries count that are there: the others have probability 0.
+    full_end = tl.where(full_end == queries, tl.cdiv(full_end, ROWS) * ROWS, tl.maximum(full_end, 0))
+    return _tiles(begin, end, full_begin, full_end, p.mask is None and p.intervals is None, ROWS)
 
 
 @triton.jit
@@ -276,7 +273,7 @@ def _keys_kernel(
         else:
             slot = tl.program_id(0) % (p.keys // COLUMNS + p.sequences)
         reach += slot * 2
-    begin, end, full_begin, full_end = _query_range(p, place, start, reach, ROWS, COLUMNS)
+    begin, full_begin, full_end, end = _query_range(p, place, start, reach, ROWS, COLUMNS)
     by_rows = 0.0
     if p.rel_k is not None:
         by_rows = tl.zeros((COLUMNS, PADDED), tl.float32)
@@ -294,22 +291,18 @@ def _keys_kernel(
                         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                     )  # fmt: skip
         else:
-            for row in range(begin, full_begin, ROWS):
-                sums = _keys_step(
-                    p, place, head, cols, None, row, start, key, value, sums, grad, lse, delta, scratch, True,
-                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-                )  # fmt: skip
             if p.mask is None and p.intervals is None:
                 for row in range(full_begin, full_end, ROWS):
                     sums = _keys_step(
-                        p, place, head, cols, None, row, start, key, value, sums, grad, lse, delta, scratch, False,
+                        p, place, head, cols, 0, row, start, key, value, sums, grad, lse, delta, scratch, False,
                         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                     )  # fmt: skip
-                for row in range(full_end, end, ROWS):
-                    sums = _keys_step(
-                        p, place, head, cols, None, row, start, key, value, sums, grad, lse, delta, scratch, True,
-                        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-                    )  # fmt: skip
+            for step in range(begin, end - (full_end - full_begin), ROWS):  # around the full tiles
+                row = step + tl.where(step < full_begin, 0, full_end - full_begin)
+                sums = _keys_step(
+                    p, place, head, cols, 0, row, start, key, value, sums, grad, lse, delta, scratch, True,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                )  # fmt: skip
     by_scores, by_rows, by_weights = sums
     inside, at = cols < keys, first_key + cols
     to = to_key.at + b * to_key.b + kv_head * to_key.h

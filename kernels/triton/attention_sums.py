@@ -38,7 +38,7 @@ def _add_tile(
         key, value = load_keys(p, place, head // p.group, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
         _, ds, _ = score_gradients(
             p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-            True, p.starts_q is None, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+            True, p.starts_q is None, False, WIDTH, PADDED, ROWS, COLUMNS, BAND,
         )  # fmt: skip
         if KIND == DIAG:
             sum += ds

@@ -60,6 +60,8 @@ EVERYTHING = {
     "pairs": ("causal", "dense", "diag", "segment", "mask", "intervals", "blocks", "dropout", "softcap", "sinks"),
     "relative": ("rel_q", "rel_k", "dense", "segment", "mask", "intervals", "dropout", "softcap", "sinks"),
 }
+#: Scenarios whose registers spill, as docs/triton.md says: exact products of fp32 hold whole rows.
+SPILLS = ("all of relative 128 float32", "all of relative 256 float32")
 #: What calls usually have.
 USUAL = (
     (), ("causal",), ("causal", "diag"), ("dense",), ("intervals", "segment", "rel_q"), ("rel_q", "rel_k"), ("blocks",),

@@ -299,7 +299,7 @@ def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
     if p.rel_index is not None:
         programs = min(shape.tiles, shape.config.resident * processors(query.device))
         scratch = query.new_empty((programs, 2 * max(rows, columns) ** 2), dtype=torch.float32)
-    exact = all(x is None for x in (p.mask, p.block_offsets, p.rel_index))
+    exact = all(x is None for x in (p.dense, p.mask, p.block_offsets, p.rel_index))
     strides = (parts.stride(0) if shape.splits > 1 else 0, *parts.stride()[-4:-1], lse.numel())
     widths = {"VALUE": value, "VALUE_PADDED": padded(value)}
     with on(query.device):

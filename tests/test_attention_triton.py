@@ -59,6 +59,8 @@ CASES = [
     (case(FEW, shaw(9), dropout=0.3), BF16),
     (case(ONE, alibi(), sinks=True), BF16),
     (case(ONE, padding()), FP32),
+    (case(Shape(1, 2, 2, 290, 350, 16, 16), alibi()), FP32),
+    (case(Shape(1, 2, 2, 290, 350, 16, 16), t5(max_distance=40), causal()), FP32),
     (case(Shape(1, 1, 1, 70, 70, 256, 130), causal()), BF16),
     (case(Shape(1, 1, 1, 33, 70, 3, 1), t5(), layout="blhd", grad_layout="expanded_rows"), FP32),
 ]

@@ -3,6 +3,7 @@ waits for the device."""
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .._primitives import BLOCK, AttentionProblem
@@ -194,9 +195,47 @@ def _for_kernels(p: AttentionProblem) -> Problem:
     fields["block_offsets"] = p.block_offsets
     fields["block_offsets_b"], fields["block_offsets_h"] = _strides(p.block_offsets, 2)
     fields["diag_h"] = _strides(diag, 1)[0]
+    fields.update(dict.fromkeys(("bands", "band_count", "band_first", "band_step")))
     for name in ("segment_q", "segment_k", "intervals"):
         fields[f"{name}_b"] = _strides(fields[name], 1)[0]
     return Problem(**fields)
+
+
+@triton.jit
+def _bands_kernel(
+    diag, bands, diag_h, heads, strip, queries, band_count, band_first, band_step,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """One band of `Problem.bands`: the distances that a tile of ROWS by COLUMNS touches."""
+    head, band = (tl.program_id(0) // band_count).to(tl.int64), tl.program_id(0) % band_count
+    w = tl.arange(0, BAND)
+    u = (band - band_first) * band_step - ROWS + queries + w
+    known = (w < ROWS + COLUMNS - 1) & (u >= 0) & (u < strip)
+    value = tl.load(diag + head * diag_h + u, mask=known, other=0.0)
+    first, last = tl.min(tl.where(known, w, BAND), 0), tl.max(tl.where(known, w, -1), 0)
+    at_first, at_last = tl.sum(tl.where(w == first, value, 0.0), 0), tl.sum(tl.where(w == last, value, 0.0), 0)
+    slope = (at_last - at_first) / tl.maximum(last - first, 1).to(tl.float32)
+    error = tl.abs(value - (at_first + slope * (w - first).to(tl.float32)))
+    affine = tl.max(tl.where(known & (error == error), error, tl.where(known, float("inf"), 0.0)), 0) <= (
+        1.5e-7 * tl.max(tl.where(known, tl.abs(value), 0.0), 0)
+    )
+    at = bands + (head * band_count + band) * 2
+    tl.store(at, at_first + slope * (ROWS - 1 - first).to(tl.float32))
+    tl.store(at + 1, tl.where(affine, slope, float("nan")))
+
+
+def with_bands(p: Problem, rows: int, columns: int) -> Problem:
+    """The problem, which is not packed and has a strip, with what the strip is in each band of distances of a tile."""
+    step = min(rows, columns)
+    first = triton.cdiv(p.queries, rows) * rows // step
+    count = first + triton.cdiv(p.keys, columns) * columns // step
+    heads = p.diag.shape[0]
+    bands = p.diag.new_empty((heads, count, 2))
+    _bands_kernel[grid(heads * count)](
+        p.diag, bands, p.diag_h, heads, p.strip, p.queries, count, first, step,
+        ROWS=rows, COLUMNS=columns, BAND=2 * max(rows, columns),
+    )  # fmt: skip
+    return p._replace(bands=bands, band_count=0 if heads == 1 else count, band_first=first, band_step=step)
 
 
 def _strides(tensor: Tensor | None, count: int) -> list[int | None]:

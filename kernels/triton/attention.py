@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._primitives import AttentionProblem
 from ._attention_configs import FEW, Config, forward_config
-from ._attention_plan import grid, like_output, padded, prepared, processors, slots
+from ._attention_plan import grid, like_output, padded, prepared, processors, slots, with_bands
 from ._attention_tile import (
     LN2,
     LOG2E,
@@ -38,6 +38,7 @@ from ._attention_tile import (
 )
 from ._launch import on, power_of_two
 
+BANDED = 256  # queries from which on it pays to look for what a strip is in each band of distances
 LEAST_KEYS = 256  # of a program that takes a part of the keys
 MERGED = 16  # rows of a program of the merge
 
@@ -303,6 +304,8 @@ def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
     strides = (parts.stride(0) if shape.splits > 1 else 0, *parts.stride()[-4:-1], lse.numel())
     widths = {"VALUE": value, "VALUE_PADDED": padded(value)}
     with on(query.device):
+        if p.diag is not None and p.starts_q is None and shape.heads == 1 and queries >= BANDED:
+            p = with_bands(p, rows, columns)
         _forward_kernel[grid(programs)](
             p, parts, part_lse, scratch, shape.tiles, shape.blocks, shape.splits, *strides,
             WIDTH=width, PADDED=padded(width), **widths, HEADS=shape.heads, EXACT=exact, **shape.config.options(),

@@ -107,14 +107,14 @@ def _tiles(begin, end, full_begin, full_end, ANY_FULL: tl.constexpr, SIZE: tl.co
 
 @triton.jit
 def _queries_step(
-    p, place, head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, MASKED: tl.constexpr,
+    p, place, head, kv_head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, MASKED: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """`sums`, (dQ, d rel_query, d segment for different, for equal ones), with the terms of one tile added."""
     to_query, to_rel_query, to_different, to_same = sums
     cols = start + tl.arange(0, COLUMNS)
-    key, value = load_keys(p, place, head // p.group, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
+    key, value = load_keys(p, place, kv_head, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
     _, ds, d_product = score_gradients(
         p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
         MASKED, True, False, WIDTH, PADDED, ROWS, COLUMNS, BAND,
@@ -146,7 +146,7 @@ def _queries_kernel(
     """
     place, block, head = _place(p, p.starts_q, p.queries, p.heads, ROWS)
     b, n, first_query, queries, first_key, keys = place
-    row = block * ROWS
+    row, kv_head = block * ROWS, head // p.group
     rows = row + tl.arange(0, ROWS)
     of_queries = load_queries(p, place, head, rows, grad, lse, delta, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
     low, high = limits(p, place, rows)
@@ -167,7 +167,7 @@ def _queries_kernel(
             block_end = tl.minimum(block_start + TABLE_BLOCK, end)
             for start in range(tl.maximum(block_start, begin // COLUMNS * COLUMNS), block_end, COLUMNS):
                 sums = _queries_step(
-                    p, place, head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, True,
+                    p, place, head, kv_head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, True,
                     WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                 )  # fmt: skip
     else:
@@ -175,13 +175,13 @@ def _queries_kernel(
         if p.mask is None:
             for start in range(full_begin, full_end, COLUMNS):
                 sums = _queries_step(
-                    p, place, head, rows, low, high, 0, row, start, of_queries, sums, scratch, False,
+                    p, place, head, kv_head, rows, low, high, 0, row, start, of_queries, sums, scratch, False,
                     WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                 )  # fmt: skip
         for step in range(begin, end - (full_end - full_begin), COLUMNS):  # around the full tiles
             start = step + tl.where(step < full_begin, 0, full_end - full_begin)
             sums = _queries_step(
-                p, place, head, rows, low, high, 0, row, start, of_queries, sums, scratch, True,
+                p, place, head, kv_head, rows, low, high, 0, row, start, of_queries, sums, scratch, True,
                 WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
             )  # fmt: skip
     sum, rel_sum, different, same = sums
@@ -266,21 +266,19 @@ def _keys_kernel(
     if scratch is not None:
         scratch += tl.program_id(0).to(tl.int64) * (ROWS if ROWS > COLUMNS else COLUMNS) * BAND
     if reach is not None:
-        if p.starts_k is None:
-            slot = tl.program_id(0) % tl.cdiv(p.keys, COLUMNS)
-            if p.intervals_b != 0:
-                slot += b * tl.cdiv(p.keys, COLUMNS)
-        else:
-            slot = tl.program_id(0) % (p.keys // COLUMNS + p.sequences)
+        blocks = tl.cdiv(p.keys, COLUMNS)
+        if p.starts_k is not None:
+            blocks = p.keys // COLUMNS + p.sequences
+        slot = tl.program_id(0) % blocks + tl.where(p.intervals_b == 0, 0, b) * blocks
         reach += slot * 2
     begin, full_begin, full_end, end = _query_range(p, place, start, reach, ROWS, COLUMNS)
     by_rows = 0.0
     if p.rel_k is not None:
         by_rows = tl.zeros((COLUMNS, PADDED), tl.float32)
     sums = tl.zeros((COLUMNS, PADDED), tl.float32), by_rows, tl.zeros((COLUMNS, VALUE_PADDED), tl.float32)
-    for member in range(p.group):
-        head = kv_head * p.group + member
-        if p.block_offsets is not None:
+    if p.block_offsets is not None:
+        for member in range(p.group):
+            head = kv_head * p.group + member
             at = listing.offsets + b * listing.offsets_b + head * listing.offsets_h + start // TABLE_BLOCK
             entries = listing.index + b * listing.index_b + head * listing.index_h
             for entry in range(tl.load(at), tl.load(at + 1)):
@@ -290,19 +288,23 @@ def _keys_kernel(
                         p, place, head, cols, bitmap, row, start, key, value, sums, grad, lse, delta, scratch, True,
                         WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                     )  # fmt: skip
-        else:
-            if p.mask is None and p.intervals is None:
-                for row in range(full_begin, full_end, ROWS):
-                    sums = _keys_step(
-                        p, place, head, cols, 0, row, start, key, value, sums, grad, lse, delta, scratch, False,
-                        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-                    )  # fmt: skip
-            for step in range(begin, end - (full_end - full_begin), ROWS):  # around the full tiles
-                row = step + tl.where(step < full_begin, 0, full_end - full_begin)
+    else:  # one loop over heads and tiles: what nested ones keep in registers for both spills
+        full = (full_end - full_begin) // ROWS
+        if p.mask is None and p.intervals is None:
+            for step in range(full * p.group):
+                head, row = kv_head * p.group + step // full, full_begin + step % full * ROWS
                 sums = _keys_step(
-                    p, place, head, cols, 0, row, start, key, value, sums, grad, lse, delta, scratch, True,
+                    p, place, head, cols, 0, row, start, key, value, sums, grad, lse, delta, scratch, False,
                     WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
                 )  # fmt: skip
+        others = (end - begin) // ROWS - full
+        for step in range(others * p.group):  # around the full tiles
+            head, row = kv_head * p.group + step // others, begin + step % others * ROWS
+            row += tl.where(row < full_begin, 0, full_end - full_begin)
+            sums = _keys_step(
+                p, place, head, cols, 0, row, start, key, value, sums, grad, lse, delta, scratch, True,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+            )  # fmt: skip
     by_scores, by_rows, by_weights = sums
     inside, at = cols < keys, first_key + cols
     to = to_key.at + b * to_key.b + kv_head * to_key.h

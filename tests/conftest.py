@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 #: Of a test of attention, interpreted Triton runs so many cases, others every time: a tile takes it milliseconds, and
 #: test_attention_triton.py holds what must run always. PYEXT_TEST_INTERPRETED=all runs all.
-MOST_INTERPRETED = 5
+MOST_INTERPRETED = 3
 
 
 def pytest_collection_modifyitems(config, items):

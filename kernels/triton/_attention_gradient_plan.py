@@ -3,11 +3,14 @@
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from .._primitives import AttentionProblem
-from ._attention_configs import Config
-from ._attention_plan import padded
+from ._attention_configs import WIDTHS, Config, kind_of
+from ._attention_plan import padded, with_bands
+from ._attention_tile import Problem
+from ._launch import architecture
 
 
 class Rows(NamedTuple):
@@ -34,19 +37,28 @@ class Listing(NamedTuple):
     offsets_h: object
 
 
-def queries_tile(problem: AttentionProblem) -> Config:
-    """Of the kernel of dQ."""
-    return Config(64, 64, 4, 2)
+#: (kernel, kind of call, element size) -> architecture -> a configuration for each of `WIDTHS`. "queries": dQ; "keys": dK
+#: and dV; "sums": what adds tiles up, as many queries as keys.
+BACKWARD_CONFIGS: dict = {}
+#: Of the interpreter: a tile takes it milliseconds whatever its size, and registers do not matter.
+INTERPRETED = {"queries": Config(64, 64, 4, 2), "keys": Config(32, 64, 4, 2), "sums": Config(64, 64, 4, 2)}
+BANDED = 256  # queries from which on it pays to look for what a strip is in each band of distances
 
 
-def keys_tile(problem: AttentionProblem) -> Config:
-    """Of the kernel of dK and dV."""
-    return Config(64, 64, 4, 2)
+def tile_of(kernel: str, problem: AttentionProblem) -> Config:
+    query = problem.query
+    if query.device.type == "cpu":
+        return INTERPRETED[kernel]
+    width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
+    table = BACKWARD_CONFIGS[kernel, kind_of(problem), query.element_size()]
+    return table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
 
 
-def sums_tile(problem: AttentionProblem) -> Config:
-    """Of the kernels that add tiles up; as many queries as keys."""
-    return Config(64, 64, 4, 2)
+def banded(problem: AttentionProblem, p: Problem, tile: Config) -> Problem:
+    """The problem, with what the strip is in the bands of these tiles, where that pays."""
+    if p.diag is None or p.starts_q is not None or problem.query.shape[2] < BANDED:
+        return p
+    return with_bands(p, tile.rows, tile.columns)
 
 
 def widths(problem: AttentionProblem) -> dict[str, int]:
@@ -60,6 +72,6 @@ def scratch_of(problem: AttentionProblem, tile: Config, programs: int) -> tuple[
     """Memory for the tiles that programs read skewed, and how many distances a tile's band is wide."""
     if problem.rel_index is None:
         return None, 0
-    band = tile.rows + tile.columns
+    band = triton.next_power_of_2(tile.rows + tile.columns)
     size = programs * max(tile.rows, tile.columns) * band
     return problem.query.new_empty((size,), dtype=torch.float32), band

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._primitives import BLOCK, AttentionProblem
 from . import attention_sums
 from ._attention_gradient import load_keys, load_queries, score_gradients, spread
-from ._attention_gradient_plan import Listing, Rows, keys_tile, queries_tile, scratch_of, widths
+from ._attention_gradient_plan import Listing, Rows, banded, scratch_of, tile_of, widths
 from ._attention_plan import grid, like_output, padded, prepared, slots
 from ._attention_tile import (
     TABLE_BLOCK,
@@ -411,14 +411,14 @@ def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
 def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict[str, Tensor]) -> None:
     """Fills the gradients of query and rel_query, and that of segment if it is None."""
     batch, heads, queries, width = problem.query.shape
-    tile = queries_tile(problem)
+    tile = tile_of("queries", problem)
     if grads["segment"] is None:
         grads["segment"] = problem.query.new_empty((batch, heads, queries, 2), dtype=torch.float32)
     segment = grads["segment"] if grads["segment"].numel() else None
     programs = slots(problem, tile.rows) * batch * heads
     scratch, band = scratch_of(problem, tile, programs)
     _queries_kernel[grid(programs)](
-        p, *upstream, Rows.of(grads["query"]), None if problem.rel_query is None else Rows.of(grads["rel_query"]), segment,
+        banded(problem, p, tile), *upstream, Rows.of(grads["query"]), None if problem.rel_query is None else Rows.of(grads["rel_query"]), segment,
         scratch, BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip
 
@@ -426,7 +426,7 @@ def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: d
 def _of_keys(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict[str, Tensor]) -> None:
     """Fills the gradients of key and value."""
     batch, kv_heads, _, _ = problem.key.shape
-    tile = keys_tile(problem)
+    tile = tile_of("keys", problem)
     blocks = slots(problem, tile.columns, "key")
     reach = listing = None
     if problem.intervals is not None:
@@ -438,6 +438,6 @@ def _of_keys(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict
     programs = blocks * batch * kv_heads
     scratch, band = scratch_of(problem, tile, programs)
     _keys_kernel[grid(programs)](
-        p, *upstream, Rows.of(grads["key"]), Rows.of(grads["value"]), reach, listing, scratch,
+        banded(problem, p, tile), *upstream, Rows.of(grads["key"]), Rows.of(grads["value"]), reach, listing, scratch,
         BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._primitives import AttentionProblem
 from ._attention_gradient import load_keys, load_queries, look_at_tile, score_gradients, sequence, spread
-from ._attention_gradient_plan import scratch_of, sums_tile, widths
+from ._attention_gradient_plan import banded, scratch_of, tile_of, widths
 from ._attention_plan import grid
 from ._attention_tile import Problem, store_rows, whole
 from ._launch import power_of_two
@@ -206,11 +206,11 @@ def of_dense(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
     if rows < queries:  # one row for all queries: summed over batch and heads afterwards
         batches, own_heads = batch, heads
     sums = problem.query.new_empty((batches, own_heads, rows, keys), dtype=torch.float32)
-    tile = sums_tile(problem)
+    tile = tile_of("sums", problem)
     programs = batches * own_heads * triton.cdiv(rows, tile.rows) * triton.cdiv(keys, tile.columns)
     scratch, band = scratch_of(problem, tile, programs)
     _dense_kernel[grid(programs)](
-        p, *upstream, sums, own_heads, rows, batch // batches, heads // own_heads, rows < queries, scratch,
+        banded(problem, p, tile), *upstream, sums, own_heads, rows, batch // batches, heads // own_heads, rows < queries, scratch,
         BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip
     return sums.sum_to_size(problem.dense.shape)
@@ -219,7 +219,7 @@ def of_dense(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
 def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, batches: int) -> Tensor:
     """The sums along diagonals, (batch / batches, heads, Lq + Lk - 1, 1 or D) fp32."""
     batch, heads, queries, width = problem.query.shape
-    keys, tile = problem.key.shape[2], sums_tile(problem)
+    keys, tile = problem.key.shape[2], tile_of("sums", problem)
     size = tile.rows
     # Bands count from the first pair, with key - query = 0; in packed calls from distance 0, and tiles may begin before
     # the first key.
@@ -234,7 +234,7 @@ def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, b
     programs = groups * heads * bands
     scratch = problem.query.new_empty((programs * 2 * size * size,), dtype=torch.float32)
     _bands_kernel[grid(programs)](
-        p, *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
+        banded(problem, p, tile), *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
         **widths(problem), SIZE=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     first = before * size - 1 + smallest  # the first band's smallest difference is 1 - before * size

@@ -15,6 +15,7 @@ from ._attention_tile import (
     limits,
     load_rows,
     power,
+    relative_numbers,
     relative_scores,
     scores,
     softcapped,
@@ -83,8 +84,8 @@ def _keep_each(p, place, head, rows, cols):
 
 @triton.jit
 def _product(of_queries, of_keys, BY_KEYS: tl.constexpr):
-    """of_queries of_keys^T. BY_KEYS: computed as its transpose, whose registers a product of the transpose then takes as
-    they are. # [ROWS, COLUMNS] fp32"""
+    """of_queries of_keys^T. BY_KEYS: computed as its transpose, whose registers a product of the transpose then takes
+    as they are. # [ROWS, COLUMNS] fp32"""
     if BY_KEYS:
         product = tl.trans(tl.dot(of_keys, tl.trans(of_queries), input_precision="ieee"))
     else:
@@ -94,8 +95,8 @@ def _product(of_queries, of_keys, BY_KEYS: tl.constexpr):
 
 @triton.jit
 def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-                    MASKED: tl.constexpr, ALIGNED: tl.constexpr, BY_KEYS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):  # fmt: skip
+                    MASKED: tl.constexpr, ALIGNED: tl.constexpr, BY_KEYS: tl.constexpr, WIDTH: tl.constexpr,
+                    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):  # fmt: skip
     """(P after dropout, dS, the gradient of scale * q k^T) of the tile from query `row` and key `start` on, from what
     `load_queries` and `load_keys` gave. Not MASKED: every query sees every key.
     ALIGNED: `start` is a multiple of 4. BY_KEYS: see `_product`. # 3 x [ROWS, COLUMNS] fp32"""
@@ -137,6 +138,32 @@ def spread(tile, scratch, OF_KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl
         result = tl.load(scratch + i[:, None] * COLUMNS + other, mask=(other >= 0) & (other < COLUMNS), other=0.0)
     tl.debug_barrier()
     return result
+
+
+@triton.jit
+def add_by_distance(
+    p, place, tile, table, stride, row, start, sum, scratch, OF_KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """sum + `spread` of the tile from query `row` and key `start` on, times the rows of `table` at its distances, few
+    of them at a time: registers. # [ROWS, PADDED], or OF_KEYS [COLUMNS, PADDED]"""
+    PIECE: tl.constexpr = min(ROWS, COLUMNS)
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    tl.store(scratch + i[:, None] * COLUMNS + j[None, :], tile)
+    tl.debug_barrier()
+    for first in range(0, ROWS + COLUMNS, PIECE):
+        w = first + tl.arange(0, PIECE)
+        number, known = relative_numbers(p, place, start - (row + ROWS - 1) + w)
+        band = load_rows(table, number, known, stride, WIDTH, PADDED)  # [PIECE, PADDED]
+        if OF_KEYS:
+            other = j[:, None] - w[None, :] + (ROWS - 1)
+            part = tl.load(scratch + other * COLUMNS + j[:, None], mask=(other >= 0) & (other < ROWS), other=0.0)
+        else:
+            other = w[None, :] + i[:, None] - (ROWS - 1)
+            part = tl.load(scratch + i[:, None] * COLUMNS + other, mask=(other >= 0) & (other < COLUMNS), other=0.0)
+        sum = tl.dot(part.to(band.dtype), band, sum, input_precision="ieee")
+    tl.debug_barrier()
+    return sum
 
 
 @triton.jit

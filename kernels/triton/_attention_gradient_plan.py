@@ -37,8 +37,8 @@ class Listing(NamedTuple):
     offsets_h: object
 
 
-#: (kernel, kind of call, element size) -> architecture -> a configuration for each of `WIDTHS`. "queries": dQ; "keys": dK
-#: and dV; "sums": what adds tiles up, as many queries as keys.
+#: (kernel, kind of call, element size) -> architecture -> a configuration for each of `WIDTHS`. "queries": dQ; "keys":
+#: dK and dV; "sums": what adds tiles up, as many queries as keys.
 BACKWARD_CONFIGS: dict = {}
 #: Of the interpreter: a tile takes it milliseconds whatever its size, and registers do not matter.
 INTERPRETED = {"queries": Config(64, 64, 4, 2), "keys": Config(32, 64, 4, 2), "sums": Config(64, 64, 4, 2)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._primitives import BLOCK, AttentionProblem
 from . import attention_sums
-from ._attention_gradient import load_keys, load_queries, score_gradients, spread
+from ._attention_gradient import add_by_distance, load_keys, load_queries, score_gradients
 from ._attention_gradient_plan import Listing, Rows, banded, scratch_of, tile_of, widths
 from ._attention_plan import grid, like_output, padded, prepared, slots
 from ._attention_tile import (
@@ -21,7 +21,6 @@ from ._attention_tile import (
     limits,
     load_rows,
     packed,
-    relative_band,
     same_segment,
     store_rows,
     table_entry,
@@ -33,7 +32,8 @@ from ._launch import check, on, readable
 
 CHUNK = 1024  # intervals that are read at a time
 PREPARED_ROWS = 64
-#: What `attention_backward` returns, in this order.
+#: What `attention_backward` returns, in this order; and what of it is laid out as outputs are.
+LIKE_OUTPUT = ("query", "key", "value", "rel_query")
 GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
 
 
@@ -121,11 +121,10 @@ def _queries_step(
     )  # fmt: skip
     to_query = tl.dot(d_product.to(key.dtype), key, to_query, input_precision="ieee")
     if p.rel_q is not None:
-        number, known = relative_band(p, place, row, start, ROWS, BAND)
-        at = p.rel_q + place[0] * p.rel_q_b + head * p.rel_q_h
-        band = load_rows(at, number, known, p.rel_q_l, WIDTH, PADDED)  # [BAND, PADDED]
-        by_distance = spread(ds, scratch, False, ROWS, COLUMNS, BAND)
-        to_rel_query = tl.dot(by_distance.to(band.dtype), band, to_rel_query, input_precision="ieee")
+        table = p.rel_q + place[0] * p.rel_q_b + head * p.rel_q_h
+        to_rel_query = add_by_distance(
+            p, place, ds, table, p.rel_q_l, row, start, to_rel_query, scratch, False, WIDTH, PADDED, ROWS, COLUMNS
+        )
     if p.segment is not None:
         same = same_segment(p, place, rows, cols)
         to_different += tl.sum(tl.where(same, 0.0, ds), 1)
@@ -218,11 +217,10 @@ def _keys_step(
     to_value = tl.dot(tl.trans(weights.to(out.dtype)), out, to_value, input_precision="ieee")
     to_key = tl.dot(tl.trans(d_product.to(query.dtype)), query, to_key, input_precision="ieee")
     if p.rel_k is not None:
-        number, known = relative_band(p, place, row, start, ROWS, BAND)
-        at = p.rel_k + place[0] * p.rel_k_b + head * p.rel_k_h
-        band = load_rows(at, number, known, p.rel_k_l, WIDTH, PADDED)  # [BAND, PADDED]
-        by_distance = spread(ds, scratch, True, ROWS, COLUMNS, BAND)
-        to_key_by_rows = tl.dot(by_distance.to(band.dtype), band, to_key_by_rows, input_precision="ieee")
+        table = p.rel_k + place[0] * p.rel_k_b + head * p.rel_k_h
+        to_key_by_rows = add_by_distance(
+            p, place, ds, table, p.rel_k_l, row, start, to_key_by_rows, scratch, True, WIDTH, PADDED, ROWS, COLUMNS
+        )
     return to_key, to_key_by_rows, to_value
 
 
@@ -360,11 +358,11 @@ def _check_outputs(problem: AttentionProblem, grad_out, grad_lse, out, lse) -> N
             tensor.shape == shape and tensor.dtype == problem.query.dtype and tensor.device == problem.query.device,
             "grad_out and out must match the forward's results",
         )
-    for tensor in (lse, grad_lse):
+    for tensor in (lse, lse if grad_lse is None else grad_lse):
         check(
-            tensor is None or (tensor.shape == shape[:3] and tensor.dtype == torch.float64 and tensor.device == lse.device),
+            tensor.shape == shape[:3] and tensor.dtype == torch.float64 and tensor.device == out.device,
             "lse and grad_lse must match the forward's results",
-        )  # fmt: skip
+        )
 
 
 def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
@@ -376,14 +374,7 @@ def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
     problem, p = prepared(AttentionProblem(query, key, value, *rest[:fields]))
     needs = dict(zip(("dense", "diag", "rel_q", "rel_k", "segment"), rest[fields:], strict=True))
     _check_outputs(problem, grad_out, grad_lse, out, lse)
-    grads: dict[str, Tensor] = {}
-    for name in ("query", "key", "value", "rel_query"):
-        tensor = getattr(problem, name)
-        grads[name] = query.new_empty((0,), dtype=torch.float32) if tensor is None else like_output(tensor, *tensor.shape[1:])
-    absent = query.new_empty((0,), dtype=torch.float32)
-    for name in (*needs, "sinks"):
-        tensor = getattr(problem, name)
-        grads[name] = absent if tensor is None or not needs.get(name, True) else None
+    grads = _empty(problem, needs)
     grad_out, out, lse = readable(grad_out), readable(out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, heads, queries, _ = query.shape
@@ -400,12 +391,24 @@ def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
                     if grads[name] is None:
                         grads[name] = getattr(attention_sums, f"of_{name}")(problem, p, upstream)
                 return tuple(grads[name] for name in GRADIENTS)
-    for name, grad in grads.items():  # no pair of query and key
-        if grad is None:
-            grads[name] = torch.zeros_like(getattr(problem, name), dtype=torch.float32, memory_format=torch.contiguous_format)
-        elif not (name == "sinks" and grad.numel()):
-            grad.zero_()
+    for name in GRADIENTS:  # no pair of query and key
+        if grads[name] is None:
+            grads[name] = query.new_zeros(getattr(problem, name).shape, dtype=torch.float32)
+        elif name in LIKE_OUTPUT:
+            grads[name].zero_()
     return tuple(grads[name] for name in GRADIENTS)
+
+
+def _empty(problem: AttentionProblem, needs: dict[str, bool]) -> dict[str, Tensor | None]:
+    """Memory for the gradients that look like outputs; shape (0,) for those not needed; None for the others."""
+    grads: dict[str, Tensor | None] = {}
+    for name in GRADIENTS:
+        tensor = getattr(problem, name)
+        if tensor is None or not needs.get(name, True):
+            grads[name] = problem.query.new_empty((0,), dtype=torch.float32)
+        else:
+            grads[name] = like_output(tensor, *tensor.shape[1:]) if name in LIKE_OUTPUT else None
+    return grads
 
 
 def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict[str, Tensor]) -> None:
@@ -417,9 +420,10 @@ def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: d
     segment = grads["segment"] if grads["segment"].numel() else None
     programs = slots(problem, tile.rows) * batch * heads
     scratch, band = scratch_of(problem, tile, programs)
+    to_rel_query = None if problem.rel_query is None else Rows.of(grads["rel_query"])
     _queries_kernel[grid(programs)](
-        banded(problem, p, tile), *upstream, Rows.of(grads["query"]), None if problem.rel_query is None else Rows.of(grads["rel_query"]), segment,
-        scratch, BAND=band, **widths(problem), **tile.options(),
+        banded(problem, p, tile), *upstream, Rows.of(grads["query"]), to_rel_query, segment, scratch,
+        BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip
 
 

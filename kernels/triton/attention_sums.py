@@ -114,7 +114,7 @@ def _add_band(
 
 
 @triton.jit
-def _bands_kernel(
+def _sum_bands_kernel(
     p, grad, lse, delta, to, bands, first_band, batches, scratch, KIND: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
     SIZE: tl.constexpr,
@@ -172,7 +172,7 @@ def _row_sums_kernel(strips, order, offsets, sums, length, rows, width, TERMS: t
 
 
 def _sum_rows(strips: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Row r of the result, (..., rows, D), is the sum of strips (..., S, D) over the positions where index (S,) is r."""
+    """Row r of the result, (..., rows, D): the sum of strips (..., S, D) over the positions where index (S,) is r."""
     *lead, length, width = strips.shape
     sums = strips.new_zeros((*lead, rows, width))
     if sums.numel() == 0 or length == 0:
@@ -210,7 +210,8 @@ def of_dense(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
     programs = batches * own_heads * triton.cdiv(rows, tile.rows) * triton.cdiv(keys, tile.columns)
     scratch, band = scratch_of(problem, tile, programs)
     _dense_kernel[grid(programs)](
-        banded(problem, p, tile), *upstream, sums, own_heads, rows, batch // batches, heads // own_heads, rows < queries, scratch,
+        banded(problem, p, tile), *upstream, sums, own_heads, rows,
+        batch // batches, heads // own_heads, rows < queries, scratch,
         BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip
     return sums.sum_to_size(problem.dense.shape)
@@ -233,7 +234,7 @@ def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, b
     partial = problem.query.new_empty((groups * heads, bands, 2 * size, columns), dtype=torch.float32)
     programs = groups * heads * bands
     scratch = problem.query.new_empty((programs * 2 * size * size,), dtype=torch.float32)
-    _bands_kernel[grid(programs)](
+    _sum_bands_kernel[grid(programs)](
         banded(problem, p, tile), *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
         **widths(problem), SIZE=size, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -54,27 +54,31 @@ def problem(dtype, features=(), batch=2, heads=8, kv_heads=4, queries=4096, keys
     return AttentionProblem(query, key, rows(keys, kv_heads, value or width), scale=0.125, **chosen)
 
 
-#: What may meet in one call, of each kind of configuration.
-EVERYTHING = {
+#: What fills each kind of configuration, and all that may meet in a call where more meets than it is for.
+FULL = {
     "plain": ("window", "intervals", "softcap", "sinks"),
+    "pairs": ("causal", "diag", "dropout"),
+    "relative": ("rel_q", "rel_k", "segment"),
+}
+CROWDED = {
     "pairs": ("causal", "dense", "diag", "segment", "mask", "intervals", "blocks", "dropout", "softcap", "sinks"),
     "relative": ("rel_q", "rel_k", "dense", "segment", "mask", "intervals", "dropout", "softcap", "sinks"),
 }
 #: Scenarios whose registers spill, as docs/triton.md says: exact products of fp32 hold whole rows.
-SPILLS = ("all of relative 128 float32", "all of relative 256 float32")
+SPILLS = tuple(f"{name} of relative {width} float32" for name in ("full", "all") for width in (128, 256))
 #: What calls usually have.
-USUAL = (
-    (), ("causal",), ("causal", "diag"), ("dense",), ("intervals", "segment", "rel_q"), ("rel_q", "rel_k"), ("blocks",),
-    ("packed", "causal"), ("packed", "causal", "diag", "dropout"),
-)  # fmt: skip
+USUAL = ((), ("dense",), ("blocks",), ("packed", "causal"), ("packed", "diag", "intervals"))
 
 
 def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """(name, whether accesses should be wide, the call). `dtypes` chooses among some, as in `triton_aot`."""
     half = (torch.bfloat16, torch.float16)
-    for kind, width in itertools.product(EVERYTHING, (64, 128, 256)):
+    for kind, width in itertools.product(FULL, (64, 128, 256)):
         for dtype in (*dtypes(half), FP32):
-            yield _scenario(f"all of {kind}", dtype, EVERYTHING[kind], width)
+            yield _scenario(f"full of {kind}", dtype, FULL[kind], width)
+    for kind, width in itertools.product(CROWDED, (64, 128, 256)):
+        for dtype in dtypes((*half, FP32)):
+            yield _scenario(f"all of {kind}", dtype, CROWDED[kind], width)
     for features in USUAL:
         for width in (64, 128) if everything else (128,):
             for dtype in dtypes(half):

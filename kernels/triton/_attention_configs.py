@@ -22,39 +22,51 @@ class Config(NamedTuple):
 
 WIDTHS = (64, 128, 256)  # of the wider head, of query and value; a configuration for each
 #: What a call has decides what a tile holds besides products: nothing ("plain": windows, intervals, softcap, sinks),
-#: numbers of every pair ("pairs": biases, masks, dropout), or bands of relative rows ("relative").
+#: numbers of every pair ("pairs": biases, masks, dropout), or bands of relative rows ("relative"). Where more of those
+#: numbers meet than CROWD, the tile has half the rows and columns.
 _PAIRS = ("dense", "diag", "segment", "mask", "block_offsets")
+CROWD = {"plain": 0, "pairs": 2, "relative": 1}
+
+
+def _pairs(problem: AttentionProblem) -> int:
+    return sum(getattr(problem, name) is not None for name in _PAIRS) + (problem.dropout_p > 0)
 
 
 def kind_of(problem: AttentionProblem) -> str:
     if problem.rel_index is not None:
         return "relative"
-    pairs = problem.dropout_p > 0 or any(getattr(problem, name) is not None for name in _PAIRS)
-    return "pairs" if pairs else "plain"
+    return "pairs" if _pairs(problem) else "plain"
 
 
-#: (kind, element size) -> architecture -> a configuration for each of WIDTHS. fp32 has no matrix units.
-_PLAIN_FP32 = (Config(32, 32, 4, 2), Config(32, 16, 8, 2), Config(32, 16, 8, 2))
-_PAIRS_FP32 = (Config(32, 16, 8, 2), Config(32, 16, 8, 2), Config(16, 32, 8, 2))
+#: (kind, element size) -> architecture -> a configuration for each of WIDTHS. fp32 has no matrix units. For the others
+#: 16 rows (Hopper: 64 of 4) are one warp's: more warps compute the same twice, but have registers where those run out.
 _RELATIVE_FP32 = (Config(16, 16, 8, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))
 CONFIGS = {
     ("plain", 2): {
         80: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
-        90: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 32, 8, 2)),
+        90: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
         100: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
     },
     ("pairs", 2): {
-        80: (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+        80: (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(32, 32, 8, 2)),
         90: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
-        100: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
+        100: (Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     },
     ("relative", 2): {
-        80: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
-        90: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
-        100: (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
+        80: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),
+        90: (Config(64, 32, 4, 2), Config(64, 16, 8, 2), Config(32, 32, 8, 2)),
+        100: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2)),
     },
-    ("plain", 4): dict.fromkeys((80, 90, 100), _PLAIN_FP32),
-    ("pairs", 4): dict.fromkeys((80, 90, 100), _PAIRS_FP32),
+    ("plain", 4): {
+        80: (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 2)),
+        90: (Config(32, 32, 4, 2), Config(32, 16, 8, 2), Config(32, 16, 8, 2)),
+        100: (Config(32, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2)),
+    },
+    ("pairs", 4): {
+        80: (Config(32, 32, 4, 2), Config(32, 16, 8, 2), Config(16, 32, 8, 2)),
+        90: (Config(32, 32, 4, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
+        100: (Config(16, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 32, 8, 2)),
+    },
     ("relative", 4): dict.fromkeys((80, 90, 100), _RELATIVE_FP32),
 }
 #: The same for at most FEW rows of queries, whose calls are bound by reading the keys; `rows` is then what they need.
@@ -70,5 +82,9 @@ def forward_config(problem: AttentionProblem) -> Config:
     if query.device.type == "cpu":
         return INTERPRETED
     width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
-    table = CONFIGS[kind_of(problem), query.element_size()]
-    return table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
+    kind = kind_of(problem)
+    table = CONFIGS[kind, query.element_size()]
+    config = table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
+    if _pairs(problem) > CROWD[kind]:
+        config = config._replace(rows=max(config.rows // 2, 16), columns=max(config.columns // 2, 16))
+    return config

@@ -204,13 +204,13 @@ def _for_kernels(p: AttentionProblem) -> Problem:
 @triton.jit
 def _bands_kernel(
     diag, bands, diag_h, heads, strip, queries, band_count, band_first, band_step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr,
+    ROWS: tl.constexpr, LENGTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """One band of `Problem.bands`: the distances that a tile of ROWS by COLUMNS touches."""
+    """One band of `Problem.bands`: the LENGTH distances that a tile of ROWS queries touches."""
     head, band = (tl.program_id(0) // band_count).to(tl.int64), tl.program_id(0) % band_count
     w = tl.arange(0, BAND)
     u = (band - band_first) * band_step - ROWS + queries + w
-    known = (w < ROWS + COLUMNS - 1) & (u >= 0) & (u < strip)
+    known = (w < LENGTH) & (u >= 0) & (u < strip)
     value = tl.load(diag + head * diag_h + u, mask=known, other=0.0)
     first, last = tl.min(tl.where(known, w, BAND), 0), tl.max(tl.where(known, w, -1), 0)
     at_first, at_last = tl.sum(tl.where(w == first, value, 0.0), 0), tl.sum(tl.where(w == last, value, 0.0), 0)
@@ -225,7 +225,8 @@ def _bands_kernel(
 
 
 def with_bands(p: Problem, rows: int, columns: int) -> Problem:
-    """The problem, which is not packed and has a strip, with what the strip is in each band of distances of a tile."""
+    """The problem, which is not packed and has a strip, with what the strip is in each band of distances that a tile
+    touches: (value at its first query and key, slope by distance), the slope NaN where it is not affine to fp32."""
     step = min(rows, columns)
     first = triton.cdiv(p.queries, rows) * rows // step
     count = first + triton.cdiv(p.keys, columns) * columns // step
@@ -233,7 +234,7 @@ def with_bands(p: Problem, rows: int, columns: int) -> Problem:
     bands = p.diag.new_empty((heads, count, 2))
     _bands_kernel[grid(heads * count)](
         p.diag, bands, p.diag_h, heads, p.strip, p.queries, count, first, step,
-        ROWS=rows, COLUMNS=columns, BAND=2 * max(rows, columns),
+        ROWS=rows, LENGTH=rows + columns - 1, BAND=2 * max(rows, columns),
     )  # fmt: skip
     return p._replace(bands=bands, band_count=0 if heads == 1 else count, band_first=first, band_step=step)
 

@@ -45,7 +45,7 @@ class Problem(NamedTuple):
     dense_l: object
     diag: object  # (H, strip) fp32: `diag_index` is resolved
     diag_h: object
-    bands: object  # (H, band_count, 2) fp32, what the strip is in each band of distances, see `strip_band`; or None
+    bands: object  # (H, band_count, 2) fp32, what the strip is in each band of distances, see `with_bands`; or None
     band_count: object
     band_first: object  # the band of query 0 and key 0
     band_step: object  # distances from one band to the next
@@ -272,19 +272,23 @@ def strip_positions(p, place, rows, cols):
 
 
 @triton.jit
-def strip_band(p, head, rows, cols):
-    """(value of the strip at the tile's first query and key, its slope by distance) for a tile from multiples of
-    ROWS and COLUMNS on. The slope is NaN where the strip is not affine, to the last places of fp32, within the tile."""
-    band = (tl.min(cols, 0) - tl.min(rows, 0)) // p.band_step + p.band_first
-    at = p.bands + (head * p.band_count + band) * 2
-    return tl.load(at), tl.load(at + 1)
-
-
-@triton.jit
 def strip_values(p, place, head, rows, cols):
-    """The strip's value for each pair. # [ROWS, COLUMNS]"""
+    """The strip's value for each pair. With `bands`, of a tile that starts at multiples of ROWS and COLUMNS, those of
+    a strip that is affine there follow from two numbers: T5's is constant but near distance 0, ALiBi's always affine.
+    # [ROWS, COLUMNS]"""
     u, known = strip_positions(p, place, rows, cols)
-    return tl.load(p.diag + head * p.diag_h + u, mask=known, other=0.0)
+    if p.bands is None:
+        values = tl.load(p.diag + head * p.diag_h + u, mask=known, other=0.0)
+    else:
+        row, col = tl.min(rows, 0), tl.min(cols, 0)
+        at = p.bands + (head * p.band_count + (col - row) // p.band_step + p.band_first) * 2
+        value, slope = tl.load(at), tl.load(at + 1)
+        affine = slope == slope
+        down = (rows - row).to(tl.float32) * tl.where(affine, slope, 0.0)
+        across = (cols - col).to(tl.float32) * tl.where(affine, slope, 0.0) + tl.where(affine, value, 0.0)
+        known = known & (slope + down != slope + down)[:, None]  # only where it is not affine is the strip read
+        values = tl.load(p.diag + head * p.diag_h + u, mask=known, other=0.0) + (across[None, :] - down[:, None])
+    return values
 
 
 @triton.jit
@@ -296,15 +300,7 @@ def biased(p, place, head, rows, cols, score):
         at = p.dense + b * p.dense_b + head * p.dense_h + rows.to(tl.int64)[:, None] * p.dense_l + cols[None, :]
         score += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if p.diag is not None:
-        if p.bands is None:
-            score += strip_values(p, place, head, rows, cols)
-        else:  # T5 is constant but near distance 0, ALiBi affine: no reading of numbers per pair
-            value, slope = strip_band(p, head, rows, cols)
-            if slope == slope:
-                across, down = cols - tl.min(cols, 0), rows - tl.min(rows, 0)
-                score += (value + slope * across.to(tl.float32))[None, :] - (slope * down.to(tl.float32))[:, None]
-            else:
-                score += strip_values(p, place, head, rows, cols)
+        score += strip_values(p, place, head, rows, cols)
     if p.segment is not None:
         at = p.segment + ((b * p.heads + head) * p.queries + rows[:, None]) * 2  # [ROWS, 1]
         inside = rows < queries

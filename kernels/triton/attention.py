@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._primitives import AttentionProblem
-from ._attention_configs import FEW, Config, forward_config
+from ._attention_configs import FEW, Config, forward_config, kind_of
 from ._attention_plan import grid, like_output, padded, prepared, processors, slots, with_bands
 from ._attention_tile import (
     LN2,
@@ -300,7 +300,7 @@ def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
     if p.rel_index is not None:
         programs = min(shape.tiles, shape.config.resident * processors(query.device))
         scratch = query.new_empty((programs, 2 * max(rows, columns) ** 2), dtype=torch.float32)
-    exact = all(x is None for x in (p.dense, p.mask, p.block_offsets, p.rel_index))
+    exact = kind_of(problem) == "plain"  # a second loop holds what it needs in registers, too
     strides = (parts.stride(0) if shape.splits > 1 else 0, *parts.stride()[-4:-1], lse.numel())
     widths = {"VALUE": value, "VALUE_PADDED": padded(value)}
     with on(query.device):

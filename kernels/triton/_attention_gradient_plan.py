@@ -10,7 +10,7 @@ from .._primitives import AttentionProblem
 from ._attention_configs import WIDTHS, Config, kind_of
 from ._attention_plan import padded, with_bands
 from ._attention_tile import Problem
-from ._launch import architecture
+from ._launch import ARCHITECTURES, architecture
 
 
 class Rows(NamedTuple):
@@ -39,10 +39,107 @@ class Listing(NamedTuple):
 
 #: (kernel, kind of call, element size) -> architecture -> a configuration for each of `WIDTHS`. "queries": dQ; "keys":
 #: dK and dV; "sums": what adds tiles up, as many queries as keys.
-BACKWARD_CONFIGS: dict = {}
+BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
+    ("queries", "plain", 2): {
+        80: (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
+        90: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 32, 8, 1)),
+        100: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+    },
+    ("queries", "strip", 2): {
+        80: (Config(32, 32, 8, 1), Config(64, 32, 4, 2), Config(32, 32, 8, 1)),
+        90: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(32, 32, 8, 1)),
+        100: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(16, 32, 8, 1)),
+    },
+    ("queries", "pairs", 2): {
+        80: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+        90: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
+        100: (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(16, 32, 8, 1)),
+    },
+    ("queries", "relative", 2): {
+        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    },
+    ("keys", "plain", 2): {
+        80: (Config(64, 128, 8, 2), Config(32, 64, 4, 2), Config(32, 64, 8, 2)),
+        90: (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 32, 8, 1)),
+        100: (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 2)),
+    },
+    ("keys", "strip", 2): {
+        80: (Config(32, 64, 4, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
+        90: (Config(32, 64, 4, 2), Config(16, 64, 8, 1), Config(32, 32, 8, 1)),
+        100: (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1)),
+    },
+    ("keys", "pairs", 2): {
+        80: (Config(16, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(16, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
+        100: (Config(16, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
+    },
+    ("keys", "relative", 2): {
+        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    },
+    ("sums", "strip", 2): {
+        80: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
+        100: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
+    },
+    ("sums", "pairs", 2): {
+        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 4, 1)),
+        90: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
+    },
+    ("sums", "relative", 2): {
+        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    },
+    ("queries", "plain", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("queries", "strip", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("queries", "pairs", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("queries", "relative", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("keys", "plain", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("keys", "strip", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("keys", "pairs", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("keys", "relative", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("sums", "strip", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("sums", "pairs", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+    ("sums", "relative", 4): dict.fromkeys(
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+    ),
+}
 #: Of the interpreter: a tile takes it milliseconds whatever its size, and registers do not matter.
 INTERPRETED = {"queries": Config(64, 64, 4, 2), "keys": Config(32, 64, 4, 2), "sums": Config(64, 64, 4, 2)}
 BANDED = 256  # queries from which on it pays to look for what a strip is in each band of distances
+
+
+def _kind(problem: AttentionProblem) -> str:
+    """As for the forward; but a strip alone among numbers of pairs is a kind of its own: "strip"."""
+    kind, more = kind_of(problem), (problem.dense, problem.segment, problem.mask, problem.block_offsets)
+    if kind == "pairs" and problem.dropout_p == 0 and not problem.softcap and all(tensor is None for tensor in more):
+        kind = "strip"
+    return kind
 
 
 def tile_of(kernel: str, problem: AttentionProblem) -> Config:
@@ -50,7 +147,7 @@ def tile_of(kernel: str, problem: AttentionProblem) -> Config:
     if query.device.type == "cpu":
         return INTERPRETED[kernel]
     width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
-    table = BACKWARD_CONFIGS[kernel, kind_of(problem), query.element_size()]
+    table = BACKWARD_CONFIGS[kernel, _kind(problem), query.element_size()]
     return table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
 
 

@@ -44,6 +44,7 @@ from triton.runtime.jit import JITFunction
 from pyext._primitives import POLICIES
 from pyext.kernels import (
     _attention_configs,
+    _attention_gradient_plan,
     _gemm,
     _launch,
     gated_linear,
@@ -62,9 +63,10 @@ TYPES = {
     torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 TABLES = {
-    "gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS, "attention": _attention_configs.CONFIGS
+    "gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS, "attention": _attention_configs.CONFIGS,
+    "attention_backward": _attention_gradient_plan.BACKWARD_CONFIGS,
 }  # fmt: skip
-BY_ARCHITECTURE = (_gemm, _attention_configs)  # the modules that choose configurations
+BY_ARCHITECTURE = (_gemm, _attention_configs, _attention_gradient_plan)  # the modules that choose configurations
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COUNTED = {
     "HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA", "FFMA": r"\bFFMA", "spills": r"\b(?:STL|LDL)",
@@ -381,14 +383,16 @@ def faults(report: Report, local: int) -> Iterator[str]:
 
 
 def matrix_unit(kernel: Kernel) -> str | None:
-    """What should compute the products: the units for whole warpgroups need 64 rows; fp32 is exact on none."""
+    """What should compute the products: the units for whole warpgroups need 64 rows (of K Q^T, columns of a tile); fp32
+    is exact on none."""
     constants = dict(kernel.constants)
     if "DEPTH" not in constants and not {"WIDTH", "ROWS", "COLUMNS"} <= constants.keys():
         return None
     types = {t for kind in dict(kernel.signature).values() for t in ([kind] if isinstance(kind, str) else kind)}
     if not {"*bf16", "*fp16"} & types:
         return "FFMA"
-    return {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[kernel.arch] if constants["ROWS"] >= 64 else "HMMA"
+    rows = constants["COLUMNS" if kernel.name == "_keys_kernel" else "ROWS"]
+    return {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[kernel.arch] if rows >= 64 else "HMMA"
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pyext._primitives import BLOCK, AttentionProblem
-from pyext.kernels import attention
+from pyext.kernels import attention, attention_backward
 
 FP32, INT32 = torch.float32, torch.int32
 
@@ -57,6 +57,7 @@ def problem(dtype, features=(), batch=2, heads=8, kv_heads=4, queries=4096, keys
 #: What fills each kind of configuration, and all that may meet in a call where more meets than it is for.
 FULL = {
     "plain": ("window", "intervals", "softcap", "sinks"),
+    "strip": ("causal", "diag"),
     "pairs": ("causal", "diag", "dropout"),
     "relative": ("rel_q", "rel_k", "segment"),
 }
@@ -68,6 +69,9 @@ CROWDED = {
 SPILLS = tuple(f"{name} of relative {width} float32" for name in ("full", "all") for width in (128, 256))
 #: What calls usually have.
 USUAL = ((), ("dense",), ("blocks",), ("packed", "causal"), ("packed", "diag", "intervals"))
+
+
+BACKWARD = ("dense", "blocks", "packed diag")  # of those the backward, too: its kernels are slow to compile
 
 
 def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, Callable[[], object]]]:
@@ -93,6 +97,11 @@ def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, C
 
 def _scenario(name: str, dtype, features: tuple, width: int, **sizes) -> tuple[str, bool, Callable[[], object]]:
     def call():
-        attention.attention_forward(*problem(dtype, features, width=width, **sizes))
+        p = problem(dtype, features, width=width, **sizes)
+        attention.attention_forward(*p)
+        if name.startswith(("full", "odd", *BACKWARD)):
+            out = torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3]))
+            lse = meta(*out.shape[:3], dtype=torch.float64)
+            attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
 
     return f"attention, {name} {width} {str(dtype)[6:]}", width % 64 == 0, call

@@ -117,10 +117,11 @@ def _add_band(
 def _sum_bands_kernel(
     p, grad, lse, delta, to, bands, first_band, batches, scratch, KIND: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The sums of one band of distances, the smallest first: (batch / batches, heads, bands, 2 SIZE) of dS, or the same
-    times rows (.., PADDED); fp32. One program per band, head and group of `batches` batch rows."""
+    times rows (.., PADDED); fp32. One program per band, head and group of `batches` batch rows; ROWS == COLUMNS."""
+    SIZE: tl.constexpr = ROWS
     program = tl.program_id(0)
     band, head = program % bands + first_band, (program // bands % p.heads).to(tl.int64)
     first_batch = program // bands // p.heads * batches
@@ -236,7 +237,7 @@ def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, b
     scratch = problem.query.new_empty((programs * 2 * size * size,), dtype=torch.float32)
     _sum_bands_kernel[grid(programs)](
         banded(problem, p, tile), *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
-        **widths(problem), SIZE=size, num_warps=tile.warps, num_stages=tile.stages,
+        **widths(problem), **tile.options(),
     )  # fmt: skip
     first = before * size - 1 + smallest  # the first band's smallest difference is 1 - before * size
     return _joined(partial, first, queries + keys - 1).unflatten(0, (groups, heads))

@@ -341,12 +341,13 @@ def power(p, difference):
 
 @triton.jit
 def log_sum(p, maximum, total):
-    """The natural log of total * exp(maximum), of a maximum in the units of `scores`."""
-    result = tl.log2(total) * LN2
+    """The natural log of total * exp(maximum), of a maximum in the units of `scores`; in fp64, so that `to_units` gives
+    back to the last place what the probabilities were computed with."""
+    result, maximum = tl.log2(total).to(tl.float64), maximum.to(tl.float64)
     if p.dense is None:
-        result += maximum * LN2
+        result = (result + maximum) * LN2
     else:
-        result += maximum
+        result = result * LN2 + maximum
     return result
 
 

@@ -56,9 +56,9 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         100: (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(16, 32, 8, 1)),
     },
     ("queries", "relative", 2): {
-        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-        90: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-        100: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(16, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(64, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
     },
     ("keys", "plain", 2): {
         80: (Config(64, 128, 8, 2), Config(32, 64, 4, 2), Config(32, 64, 8, 2)),
@@ -76,9 +76,9 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         100: (Config(16, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
     },
     ("keys", "relative", 2): {
-        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-        90: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-        100: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(16, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(32, 64, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
     },
     ("sums", "strip", 2): {
         80: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
@@ -91,39 +91,39 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         100: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
     },
     ("sums", "relative", 2): {
-        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-        90: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
-        100: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        80: (Config(16, 16, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
+        90: (Config(16, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+        100: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
     },
     ("queries", "plain", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
     ),
     ("queries", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
     ),
     ("queries", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
     ),
     ("queries", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "plain", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 1))
     ),
     ("keys", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))

@@ -161,14 +161,15 @@ def _queries_kernel(
     sums = tl.zeros((ROWS, PADDED), tl.float32), rel_sum, different, same
     if p.block_offsets is not None:
         first, last = table_row(p, place, head, row)
-        for entry in range(first, last):
-            block_start, bitmap = table_entry(p, tl.cast(entry, tl.int32))
-            block_end = tl.minimum(block_start + TABLE_BLOCK, end)
-            for start in range(tl.maximum(block_start, begin // COLUMNS * COLUMNS), block_end, COLUMNS):
-                sums = _queries_step(
-                    p, place, head, kv_head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, True,
-                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-                )  # fmt: skip
+        TILES: tl.constexpr = TABLE_BLOCK // COLUMNS
+        for step in range((last - first) * TILES):
+            tile = tl.cast(step, tl.int32)  # interpreted, a loop counts in Python's numbers
+            start, bitmap = table_entry(p, first + tile // TILES)
+            start += tile % TILES * COLUMNS
+            sums = _queries_step(
+                p, place, head, kv_head, rows, low, high, bitmap, row, start, of_queries, sums, scratch, True,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+            )  # fmt: skip
     else:
         begin, full_begin, full_end, end = _tiles(begin, end, full_begin, full_end, p.mask is None, COLUMNS)
         if p.mask is None:
@@ -279,13 +280,16 @@ def _keys_kernel(
             head = kv_head * p.group + member
             at = listing.offsets + b * listing.offsets_b + head * listing.offsets_h + start // TABLE_BLOCK
             entries = listing.index + b * listing.index_b + head * listing.index_h
-            for entry in range(tl.load(at), tl.load(at + 1)):
-                first, bitmap = tl.load(entries + entry * 2) * TABLE_BLOCK, tl.load(entries + entry * 2 + 1)
-                for row in range(tl.maximum(first, begin), tl.minimum(first + TABLE_BLOCK, end), ROWS):
-                    sums = _keys_step(
-                        p, place, head, cols, bitmap, row, start, key, value, sums, grad, lse, delta, scratch, True,
-                        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-                    )  # fmt: skip
+            first = tl.load(at)
+            TILES: tl.constexpr = TABLE_BLOCK // ROWS
+            for step in range((tl.load(at + 1) - first) * TILES):
+                tile = tl.cast(step, tl.int32)  # interpreted, a loop counts in Python's numbers
+                entry = entries + (first + tile // TILES) * 2
+                row, bitmap = tl.load(entry) * TABLE_BLOCK + tile % TILES * ROWS, tl.load(entry + 1)
+                sums = _keys_step(
+                    p, place, head, cols, bitmap, row, start, key, value, sums, grad, lse, delta, scratch, True,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+                )  # fmt: skip
     else:  # one loop over heads and tiles: what nested ones keep in registers for both spills
         full = (full_end - full_begin) // ROWS
         if p.mask is None and p.intervals is None:

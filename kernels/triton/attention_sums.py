@@ -61,20 +61,19 @@ def _dense_kernel(
     across, down = tl.cdiv(p.keys, COLUMNS), tl.cdiv(rows, ROWS)
     start, row = program % across * COLUMNS, program // across % down * ROWS
     first_head, first_batch = program // across // down % heads, program // across // down // heads
-    end = row + 1
+    steps = 1
     if ALL_ROWS:
-        end = p.queries
+        steps = tl.cdiv(p.queries, ROWS)
     if scratch is not None:
         scratch += program.to(tl.int64) * (ROWS if ROWS > COLUMNS else COLUMNS) * BAND
     sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for b in range(first_batch * BATCHES, (first_batch + 1) * BATCHES):
-        place = whole(p, tl.cast(b, tl.int64))
-        for head in range(first_head * HEADS, (first_head + 1) * HEADS):
-            for step in range(row, end, ROWS):
-                sum = _add_tile(
-                    p, place, tl.cast(head, tl.int64), step, start, sum, grad, lse, delta, scratch, DIAG,
-                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
-                )  # fmt: skip
+    for n in range(BATCHES * HEADS * steps):
+        b, head = first_batch * BATCHES + n // steps // HEADS, first_head * HEADS + n // steps % HEADS
+        sum = _add_tile(
+            p, whole(p, tl.cast(b, tl.int64)), tl.cast(head, tl.int64), row + n % steps * ROWS, start, sum,
+            grad, lse, delta, scratch, DIAG,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
+        )  # fmt: skip
     cols = start + tl.arange(0, COLUMNS)
     to += (program // across // down).to(tl.int64) * rows * p.keys
     if ALL_ROWS:
@@ -86,13 +85,10 @@ def _dense_kernel(
 
 
 @triton.jit
-def _add_band(
-    p, place, head, band, sum, grad, lse, delta, scratch, KIND: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    SIZE: tl.constexpr,
-):  # fmt: skip
-    """`sum` with all tiles of a band added: those whose first pair of query and key is `band` tiles off the diagonal,
-    which in packed calls runs through distance 0, so that all sequences have the same bands."""
+def _tiles_of_band(p, place, band, SIZE: tl.constexpr):
+    """(first query, number of tiles, first key - first query) of the tiles of a band in which any may be seen: those
+    whose first pair is `band` tiles off the diagonal, which in packed calls runs through distance 0, so that all
+    sequences have the same bands."""
     queries, keys = place[3], place[5]
     offset = band * SIZE
     nearest = offset - (keys - queries)  # distance of the first pairs
@@ -105,12 +101,7 @@ def _add_band(
         end = tl.where(nearest + SIZE <= -p.left, 0, end)
     if p.right is not None:
         end = tl.where(nearest - SIZE >= p.right, 0, end)
-    for row in range(first, end, SIZE):
-        sum = _add_tile(
-            p, place, head, row, row + offset, sum, grad, lse, delta, scratch, KIND,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE, SIZE, 2 * SIZE,
-        )  # fmt: skip
-    return sum
+    return first, tl.cdiv(tl.maximum(end - first, 0), SIZE), offset
 
 
 @triton.jit
@@ -131,17 +122,22 @@ def _sum_bands_kernel(
     else:
         sum = tl.zeros((2 * SIZE, PADDED), tl.float32)
     if p.starts_q is None:
-        for b in range(first_batch, first_batch + batches):
-            sum = _add_band(
-                p, whole(p, tl.cast(b, tl.int64)), head, band, sum, grad, lse, delta, scratch, KIND,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE,
+        first, steps, offset = _tiles_of_band(p, whole(p, tl.cast(first_batch, tl.int64)), band, SIZE)
+        for step in range(batches * steps):
+            place, row = whole(p, tl.cast(first_batch + step // steps, tl.int64)), first + step % steps * SIZE
+            sum = _add_tile(
+                p, place, head, row, row + offset, sum, grad, lse, delta, scratch, KIND,
+                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE, SIZE, 2 * SIZE,
             )  # fmt: skip
     else:
         for n in range(p.sequences):
-            sum = _add_band(
-                p, sequence(p, n), head, band, sum, grad, lse, delta, scratch, KIND,
-                WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE,
-            )  # fmt: skip
+            place = sequence(p, n)
+            first, steps, offset = _tiles_of_band(p, place, band, SIZE)
+            for row in range(first, first + steps * SIZE, SIZE):
+                sum = _add_tile(
+                    p, place, head, row, row + offset, sum, grad, lse, delta, scratch, KIND,
+                    WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, SIZE, SIZE, 2 * SIZE,
+                )  # fmt: skip
     w = tl.arange(0, 2 * SIZE)
     to += program.to(tl.int64) * (2 * SIZE) * (1 if KIND == DIAG else WIDTH)
     if KIND == DIAG:

@@ -324,7 +324,9 @@ def test_packed_diagonal(fp64_backend):
     for q, k in parts:
         first = 14 - k.shape[2]
         strip = values[:, first : first + max(q.shape[2] + k.shape[2] - 1, 0)]
-        each.append(pyext.attention(q, k, k, bias=pyext.bias.diagonal(strip), impl=fp64_backend.impl)[0].transpose(0, 1))
+        each.append(
+            pyext.attention(q, k, k, bias=pyext.bias.diagonal(strip), impl=fp64_backend.impl)[0].transpose(0, 1)
+        )
     torch.testing.assert_close(out, torch.cat(each), rtol=1e-10, atol=1e-12)
 
 

@@ -23,6 +23,8 @@ def reason(tensor: Tensor) -> str | None:
         return "triton is not installed"
     if _native.module() is None:
         return f"its operators are defined by the native module, and {_native.reason()}"
+    if tensor.is_meta:
+        return "the tensors are on meta"
     if interpreted():
         return _stock_interpreter() if tensor.dtype == torch.bfloat16 else None
     if not tensor.is_cuda:

@@ -33,7 +33,41 @@ def pytest_configure(config):
             mallopt(M_PERTURB, FRESH_BYTES)
 
 
-def pytest_collection_modifyitems(items):
+#: Of a test of attention, interpreted Triton runs so many cases, others every time: a tile takes it milliseconds, and
+#: test_attention_triton.py holds what must run always. PYEXT_TEST_INTERPRETED=all runs all.
+MOST_INTERPRETED = 3
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = {id(item) for item in _left_out(items)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+    items[:] = [item for item in items if id(item) not in left_out]
+    _sort_by_case(items)
+
+
+def _left_out(items):
+    """Cases of attention in Triton: those of a dtype or a width that it refuses, and when interpreted most of many."""
+    tests = {}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        chosen = [parameters[name] for name in CHOICES if getattr(parameters.get(name), "impl", "") == "triton"]
+        if not chosen or getattr(item.module, "OP", "attention") != "attention":
+            continue
+        shape = getattr(parameters.get("which"), "shape", None)
+        too_wide = shape is not None and max(shape.d, shape.dv) > 256
+        if too_wide or chosen[0].refuses(parameters.get("dtype")):
+            yield item
+        else:
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    if backends.HAS_GPU or os.environ.get("PYEXT_TEST_INTERPRETED") == "all":
+        return
+    for name, cases in tests.items():
+        surplus = len(cases) - MOST_INTERPRETED
+        if surplus > 0:
+            yield from random.Random(f"{SESSION_SEED}/{name}").sample(cases, surplus)
+
+
+def _sort_by_case(items):
     """Run the backends of one case after each other: they share its inputs and its oracle, which are cached."""
     order = {}
 

@@ -227,8 +227,9 @@ def test_autocast(dtype, backend):
         out = block(x)
         q = torch.randn(1, 2, 5, 8)
         ours, theirs = (f(q, q, q) for f in (pyext.attention, torch.nn.functional.scaled_dot_product_attention))
-        wide = torch.randn(1, 2, 5, 8, dtype=torch.float64)
-        assert pyext.attention(wide, wide, wide, impl=backend.impl).dtype == torch.float64
+        if not backend.refuses(torch.float64):
+            wide = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+            assert pyext.attention(wide, wide, wide, impl=backend.impl).dtype == torch.float64
         mixed = pyext.attention(q.to(dtype), q, q.to(dtype), impl=backend.impl)
     assert out.dtype == ours.dtype == theirs.dtype == mixed.dtype == dtype
     out.float().square().mean().backward()

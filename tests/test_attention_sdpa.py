@@ -112,12 +112,13 @@ REFUSED = {
 }
 
 
-def leaves_of(args, kwargs):
-    """Make every float tensor of a call a leaf, in place of the original."""
+def leaves_of(args, kwargs, widest):
+    """Make every float tensor of a call a leaf, in place of the original, and none wider than `widest`."""
     made = []
 
     def leaf(x):
         if isinstance(x, torch.Tensor) and type(x) is torch.Tensor and x.is_floating_point():
+            x = x.to(widest) if x.dtype == torch.float64 else x
             made.append(x.requires_grad_())
         return x
 
@@ -127,7 +128,7 @@ def leaves_of(args, kwargs):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_same_call_same_result(name, backend):
-    args, kwargs, leaves = leaves_of(*CALLS[name]())
+    args, kwargs, leaves = leaves_of(*CALLS[name](), backend.widest)
     wanted = SDPA(*args, **kwargs)
     got = pyext.attention(*args, **kwargs, impl=backend.impl)
     assert got.shape == wanted.shape
@@ -168,13 +169,18 @@ def test_mask_together_with_is_causal(backend):
 
 def test_rows_without_keys_as_sdpa(backend):
     """Where PyTorch gives zeros for a fully masked row, so do we; where it gives NaN, we still give zeros."""
-    q, k, v = T(1, 2, 4, 8), T(1, 2, 6, 8), T(1, 2, 6, 8)
+    q, k, v = (T(1, 2, n, 8, dtype=backend.widest) for n in (4, 6, 6))
     allowed = mask(4, 6)
     allowed[1] = False
     got = pyext.attention(q, k, v, attn_mask=allowed, impl=backend.impl)
     wanted = SDPA(q, k, v, attn_mask=allowed)
     assert (got[:, :, 1] == 0).all()
-    torch.testing.assert_close(got[:, :, [0, 2, 3]], wanted[:, :, [0, 2, 3]], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got[:, :, [0, 2, 3]], wanted[:, :, [0, 2, 3]], **close(backend))
+
+
+def close(backend) -> dict[str, float]:
+    """To the last places of the widest dtype."""
+    return {"rtol": 1e-8, "atol": 1e-10} if backend.widest == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
 
 
 class Replaced:
@@ -214,36 +220,44 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_multihead_attention(form, backend, monkeypatch):
-    module = torch.nn.MultiheadAttention(24, 4, batch_first=True, dtype=torch.float64)
-    x = T(3, 11, 24)
-    wanted, got = both_ways(
-        module, lambda m: m(x, x, x, need_weights=False, **FORMS[form])[0], monkeypatch, backend.impl
-    )
+    module = torch.nn.MultiheadAttention(24, 4, batch_first=True, dtype=backend.widest)
+    x = T(3, 11, 24, dtype=backend.widest)
+    options = {n: v.to(x.dtype) if getattr(v, "dtype", None) == torch.float64 else v for n, v in FORMS[form].items()}
+    wanted, got = both_ways(module, lambda m: m(x, x, x, need_weights=False, **options)[0], monkeypatch, backend.impl)
     for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, b, **close(backend))
 
 
 def test_transformer_layers(backend, monkeypatch):
     """Encoder and decoder, pre- and post-norm, unbatched too, trained one step the same way."""
     for layer, inputs in (
-        (torch.nn.TransformerEncoderLayer(24, 4, 32, 0.0, batch_first=True, dtype=torch.float64), (T(3, 11, 24),)),
-        (torch.nn.TransformerEncoderLayer(24, 4, 32, 0.0, norm_first=True, dtype=torch.float64), (T(11, 24),)),
-        (torch.nn.TransformerDecoderLayer(24, 4, 32, 0.0, dtype=torch.float64), (T(11, 3, 24), T(7, 3, 24))),
+        (
+            torch.nn.TransformerEncoderLayer(24, 4, 32, 0.0, batch_first=True, dtype=backend.widest),
+            (T(3, 11, 24, dtype=backend.widest),),
+        ),
+        (
+            torch.nn.TransformerEncoderLayer(24, 4, 32, 0.0, norm_first=True, dtype=backend.widest),
+            (T(11, 24, dtype=backend.widest),),
+        ),
+        (
+            torch.nn.TransformerDecoderLayer(24, 4, 32, 0.0, dtype=backend.widest),
+            (T(11, 3, 24, dtype=backend.widest), T(7, 3, 24, dtype=backend.widest)),
+        ),
     ):
         wanted, got = both_ways(layer, lambda m, x=inputs: m(*x), monkeypatch, backend.impl)
         for a, b in zip(got, wanted):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(a, b, **close(backend))
 
 
 def test_full_transformer(backend, monkeypatch):
-    model = torch.nn.Transformer(24, 4, 2, 2, 32, 0.0, batch_first=True, dtype=torch.float64)
-    source, target = T(2, 9, 24), T(2, 6, 24)
-    causal = model.generate_square_subsequent_mask(6, dtype=torch.float64)
+    model = torch.nn.Transformer(24, 4, 2, 2, 32, 0.0, batch_first=True, dtype=backend.widest)
+    source, target = T(2, 9, 24, dtype=backend.widest), T(2, 6, 24, dtype=backend.widest)
+    causal = model.generate_square_subsequent_mask(6, dtype=backend.widest)
     padding = torch.tensor([[False] * 9, [False] * 5 + [True] * 4])
     options = dict(tgt_mask=causal, tgt_is_causal=True, src_key_padding_mask=padding, memory_key_padding_mask=padding)
     wanted, got = both_ways(model, lambda m: m(source, target, **options), monkeypatch, backend.impl)
     for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(a, b, **close(backend))
 
 
 def test_dropout_in_modules(backend, monkeypatch):

@@ -303,11 +303,11 @@ def packed(bias, impl, dtype=torch.float64, **options):
 
 
 @pytest.mark.parametrize("name", ["alibi", "alibi symmetric", "t5"])
-def test_packed(name, backend):
+def test_packed(name, fp64_backend):
     make, shape = MAKE[name]
     leaf = normal(*shape(3, 11, 14))
-    out, lse, parts = packed(make(leaf), backend.impl)
-    each = [pyext.attention(q, k, k, bias=make(leaf), impl=backend.impl, return_lse=True) for q, k in parts]
+    out, lse, parts = packed(make(leaf), fp64_backend.impl)
+    each = [pyext.attention(q, k, k, bias=make(leaf), impl=fp64_backend.impl, return_lse=True) for q, k in parts]
     wanted = torch.cat([o[0].transpose(0, 1) for o, _ in each])
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(lse, torch.cat([x[0] for _, x in each], dim=1), rtol=1e-10, atol=1e-12)
@@ -316,15 +316,17 @@ def test_packed(name, backend):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_packed_diagonal(backend):
+def test_packed_diagonal(fp64_backend):
     """The strip of a packed call has distance 0 at index total_k - 1."""
     values = normal(3, 24)
-    out, _, parts = packed(pyext.bias.diagonal(values), backend.impl)
+    out, _, parts = packed(pyext.bias.diagonal(values), fp64_backend.impl)
     each = []
     for q, k in parts:
         first = 14 - k.shape[2]
         strip = values[:, first : first + max(q.shape[2] + k.shape[2] - 1, 0)]
-        each.append(pyext.attention(q, k, k, bias=pyext.bias.diagonal(strip), impl=backend.impl)[0].transpose(0, 1))
+        each.append(
+            pyext.attention(q, k, k, bias=pyext.bias.diagonal(strip), impl=fp64_backend.impl)[0].transpose(0, 1)
+        )
     torch.testing.assert_close(out, torch.cat(each), rtol=1e-10, atol=1e-12)
 
 
@@ -340,11 +342,11 @@ def test_packed_refuses_dense():
 def test_empty_calls_train(name, lengths, backend):
     """A strip of no distances at all is legal, and the leaf gets a gradient of zeros."""
     make, shape = MAKE[name]
-    leaf, q, k = normal(*shape(3, *lengths)), torch.randn(2, 3, lengths[0], 4), torch.randn(2, 3, lengths[1], 4)
-    pyext.attention(q.double(), k.double(), k.double(), bias=make(leaf), impl=backend.impl).sum().backward()
+    leaf, q, k = (normal(*n, dtype=backend.widest) for n in (shape(3, *lengths), *((2, 3, n, 4) for n in lengths)))
+    pyext.attention(q, k, k, bias=make(leaf), impl=backend.impl).sum().backward()
     assert (leaf.grad == 0).all()
     offsets = [torch.tensor([0, n]) for n in lengths]
-    q, k = (x[0].transpose(0, 1).double() for x in (q, k))
+    q, k = (x[0].transpose(0, 1) for x in (q, k))
     pyext.varlen_attention(q, k, k, *offsets, bias=make(leaf), impl=backend.impl).sum().backward()
     assert (leaf.grad == 0).all()
 

@@ -471,18 +471,18 @@ PACKED = {
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("name", PACKED)
-def test_packed(name, softcap, backend):
+def test_packed(name, softcap, fp64_backend):
     """Three sequences, one without queries, next to the same sequences one by one: distances are local."""
     make, draw = PACKED[name]
     leaves, rows, cols = draw(), [0, 4, 4, 11], [0, 6, 9, 14]
     q, k = normal(11, 3, 8), normal(14, 3, 8)
     options = dict(bias=make(*leaves), return_lse=True, softcap=softcap)
     offsets = torch.tensor(rows), torch.tensor(cols)
-    out, lse = pyext.varlen_attention(q, k, k, *offsets, **options, impl=backend.impl)
+    out, lse = pyext.varlen_attention(q, k, k, *offsets, **options, impl=fp64_backend.impl)
     each = []
     for n in range(3):
         query, key = (x[a[n] : a[n + 1]].transpose(0, 1)[None] for x, a in ((q, rows), (k, cols)))
-        each.append(pyext.attention(query, key, key, **options, impl=backend.impl))
+        each.append(pyext.attention(query, key, key, **options, impl=fp64_backend.impl))
     wanted = torch.cat([o[0].transpose(0, 1) for o, _ in each])
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(lse, torch.cat([x[0] for _, x in each], dim=1), rtol=1e-10, atol=1e-12)
@@ -507,7 +507,8 @@ def test_packed_refuses():
 def test_empty_calls_train(name, lengths, backend):
     """No distances at all are legal, and the leaves get gradients of zeros."""
     make, draw = PACKED[name]
-    leaves, q, k = draw(), normal(2, 3, lengths[0], 8), normal(2, 3, lengths[1], 8)
+    q, k = (normal(2, 3, n, 8, dtype=backend.widest) for n in lengths)
+    leaves = [leaf.detach().to(q.dtype).requires_grad_() for leaf in draw()]
     out = pyext.attention(q, k, k, bias=make(*leaves), impl=backend.impl)
     assert out.shape == q.shape
     out.sum().backward()
@@ -530,7 +531,7 @@ def test_u_outside_of_the_softcap_is_full_precision_under_autocast():
     torch.testing.assert_close(problem.dense[:, :, 0].double(), wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_the_scheme_of_the_docs(backend):
+def test_the_scheme_of_the_docs(fp64_backend):
     """The ten lines of docs/positions.md run and mean what they say."""
     text = (Path(__file__).parents[1] / "docs" / "positions.md").read_text()
     names = {"__name__": "docs"}
@@ -543,7 +544,7 @@ def test_the_scheme_of_the_docs(backend):
     torch.testing.assert_close(
         added(bias + pyext.bias.t5(torch.zeros(32, 3), True), query, key), wanted.expand(2, 3, 7, 11)
     )
-    out = pyext.attention(query, key, key, bias=bias, mask=pyext.masks.causal(), impl=backend.impl)
+    out = pyext.attention(query, key, key, bias=bias, mask=pyext.masks.causal(), impl=fp64_backend.impl)
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), (p, a)))
 
 

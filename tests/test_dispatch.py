@@ -40,7 +40,7 @@ def test_auto_is_the_first_that_accepts(cpu):
     table = pyext.explain(pyext.attention, *qkv())
     assert table.auto == "cpu" and table["cpu"] == table["reference"] == "accepts"
     assert table["cuda"] in ("no CUDA kernel in this build", "the tensors are on cpu")
-    assert table["triton"] == "no Triton kernel in this build for attention"
+    assert table["triton"] == "accepts" or "(TRITON_INTERPRET=1 would interpret the kernels there)" in table["triton"]
 
 
 def test_auto_equals_the_backend_it_names(cpu):
@@ -60,7 +60,7 @@ def test_without_native_module(no_native):
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
 @pytest.mark.parametrize("op", ["attention", "varlen_attention"])
 def test_forced_backend_never_falls_back(op, impl):
-    call = qkv() if op == "attention" else packed()
+    call = [x.double() if x.is_floating_point() else x for x in (qkv() if op == "attention" else packed())]
     with pytest.raises(NotImplementedError) as caught:
         getattr(pyext, op)(*call, impl=impl)
     message = str(caught.value)

@@ -88,8 +88,8 @@ def masks(layout):
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "fused"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", masks("unbatched"))
-def test_masks(name, layout, weights, backend):
-    ours, theirs = pair(backend.impl, batch_first=layout == "batch first")
+def test_masks(name, layout, weights, fp64_backend):
+    ours, theirs = pair(fp64_backend.impl, batch_first=layout == "batch first")
     compare(ours, theirs, tensors(layout), need_weights=weights, **masks(layout)[name])
 
 
@@ -108,9 +108,9 @@ OPTIONS = {
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "fused"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_constructor(name, layout, weights, backend):
+def test_constructor(name, layout, weights, fp64_backend):
     options = OPTIONS[name]
-    ours, theirs = pair(backend.impl, batch_first=layout == "batch first", **options)
+    ours, theirs = pair(fp64_backend.impl, batch_first=layout == "batch first", **options)
     ours, theirs = ours.eval(), theirs.eval()
     inputs = tensors(layout, kdim=options.get("kdim", EMBED), vdim=options.get("vdim", EMBED))
     for given in (masks(layout)["none"], masks(layout)["both"], masks(layout)["float 2-D"]):
@@ -130,8 +130,8 @@ def test_self_and_cross_attention(dtype, average, weights, backend):
 
 @pytest.mark.parametrize("extra", [{}, dict(add_zero_attn=True)], ids=["", "zero"])
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "fused"])
-def test_is_causal(weights, extra, backend):
-    ours, theirs = pair(backend.impl, batch_first=True, **extra)
+def test_is_causal(weights, extra, fp64_backend):
+    ours, theirs = pair(fp64_backend.impl, batch_first=True, **extra)
     query = tensors("batch first")[0]
     causal = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
     padding = torch.zeros(BATCH, QUERIES, dtype=torch.bool)
@@ -160,8 +160,8 @@ def test_same_constructor_and_initial_values():
 
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "fused"])
-def test_hidden_queries_attend_to_nothing(weights, backend):
-    ours, _ = pair(backend.impl, batch_first=True)
+def test_hidden_queries_attend_to_nothing(weights, fp64_backend):
+    ours, _ = pair(fp64_backend.impl, batch_first=True)
     inputs = tensors("batch first")
     padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
     padding[1] = True
@@ -174,8 +174,8 @@ def test_hidden_queries_attend_to_nothing(weights, backend):
 
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "fused"])
-def test_dropout_only_in_training(weights, backend):
-    ours, theirs = pair(backend.impl, batch_first=True, dropout=0.5)
+def test_dropout_only_in_training(weights, fp64_backend):
+    ours, theirs = pair(fp64_backend.impl, batch_first=True, dropout=0.5)
     inputs = tensors("batch first")
 
     def call():
@@ -189,11 +189,11 @@ def test_dropout_only_in_training(weights, backend):
     compare(ours.eval(), theirs.eval(), inputs, need_weights=weights)
 
 
-def test_inside_torch_encoder_layer(backend):
+def test_inside_torch_encoder_layer(fp64_backend):
     """torch's own layers with the module put in: training and evaluation."""
     layer = torch.nn.TransformerEncoderLayer(EMBED, HEADS, 32, dropout=0.0, batch_first=True).double()
     other = copy.deepcopy(layer)
-    ours = Ours(EMBED, HEADS, batch_first=True, dtype=torch.float64, impl=backend.impl)
+    ours = Ours(EMBED, HEADS, batch_first=True, dtype=torch.float64, impl=fp64_backend.impl)
     ours.load_state_dict(layer.self_attn.state_dict())
     other.self_attn = ours
     x = torch.randn(2, 11, EMBED, dtype=torch.float64)

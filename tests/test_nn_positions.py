@@ -13,7 +13,7 @@ from pyext.nn.positions import alibi_slopes, sinusoids
 
 
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["encoder", "decoder"])
-def test_t5_bias_is_the_one_of_t5(bidirectional, backend):
+def test_t5_bias_is_the_one_of_t5(bidirectional, fp64_backend):
     from transformers import T5Config
     from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -26,7 +26,7 @@ def test_t5_bias_is_the_one_of_t5(bidirectional, backend):
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (150, 200, 200))
     bias = theirs.compute_bias(150, 200, past_seen_tokens=50)
     wanted = torch.softmax(q @ k.mT + bias, -1) @ v
-    got = pyext.attention(q, k, v, scale=1.0, bias=ours(), impl=backend.impl)
+    got = pyext.attention(q, k, v, scale=1.0, bias=ours(), impl=fp64_backend.impl)
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
     weight = torch.randn_like(got)
     (got * weight).sum().backward()
@@ -52,7 +52,7 @@ def test_alibi_slopes_are_those_of_bloom(heads):
     torch.testing.assert_close(alibi_slopes(heads), theirs, rtol=1e-6, atol=0)
 
 
-def test_alibi_is_the_score_of_bloom(backend):
+def test_alibi_is_the_score_of_bloom(fp64_backend):
     """Their bias counts from the first key, ours from the query: a constant per row, which the softmax takes out."""
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
@@ -60,7 +60,7 @@ def test_alibi_is_the_score_of_bloom(backend):
     theirs = build_alibi_tensor(torch.ones(2, length), heads, torch.float64).view(2, heads, 1, length)
     module = pyext.nn.ALiBi(heads)
     q, k, v = (torch.randn(2, heads, length, 8, dtype=torch.float64) for _ in range(3))
-    got = pyext.attention(q, k, v, bias=module(), mask=pyext.masks.causal(), impl=backend.impl)
+    got = pyext.attention(q, k, v, bias=module(), mask=pyext.masks.causal(), impl=fp64_backend.impl)
     score = (q @ k.mT / 8**0.5 + theirs).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(got, torch.softmax(score, -1) @ v, rtol=1e-6, atol=1e-7)
 

@@ -92,9 +92,9 @@ def test_equals_published(streams, batched, dtype, backend):
         torch.testing.assert_close(a, b, **TOLERANCE[dtype], msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_segments_of_keys_and_structured_masks(backend):
+def test_segments_of_keys_and_structured_masks(fp64_backend):
     """seg_k given, masks as objects, no memory, sinusoids made here."""
-    module = seeded(pyext.nn.XLNetAttention(D_MODEL, HEADS, WIDTH, impl=backend.impl)).double()
+    module = seeded(pyext.nn.XLNetAttention(D_MODEL, HEADS, WIDTH, impl=fp64_backend.impl)).double()
     h = torch.randn(LENGTH, BATCH, D_MODEL, dtype=torch.float64)
     seg = torch.randint(0, 3, (BATCH, LENGTH))
     hidden = torch.ones(LENGTH, LENGTH).triu(1)[..., None, None]
@@ -159,8 +159,8 @@ def transformer_xl_by_the_paper(module, w, mems, hidden, normalize):
 @pytest.mark.parametrize("memory", [0, 7])
 @pytest.mark.parametrize("norm", ["post", "pre", "none"])
 @pytest.mark.parametrize("direction", ["causal", "both"])
-def test_transformer_xl_is_the_paper(direction, norm, memory, backend):
-    options = dict(pre_lnorm=norm == "pre", normalize=norm != "none", impl=backend.impl)
+def test_transformer_xl_is_the_paper(direction, norm, memory, fp64_backend):
+    options = dict(pre_lnorm=norm == "pre", normalize=norm != "none", impl=fp64_backend.impl)
     module = seeded(pyext.nn.TransformerXLAttention(HEADS, D_MODEL, WIDTH, **options)).double()
     w, mems = (torch.randn(n, BATCH, D_MODEL, dtype=torch.float64, requires_grad=True) for n in (LENGTH, memory))
     keys = LENGTH + memory

@@ -26,6 +26,11 @@ def gradients(out, leaves):
     return [out, *torch.autograd.grad(out, leaves, weight)]
 
 
+def close(backend, tight: float) -> dict[str, float]:
+    """Tolerances of the widest dtype; `tight` those of fp64."""
+    return {"rtol": tight, "atol": tight} if backend.widest == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
+
+
 SHAPES = {  # b, hq, hkv, lq, lk, d, r
     "self": (2, 4, 4, 40, 40, 32, 32),
     "grouped, partial": (2, 6, 2, 70, 70, 40, 24),
@@ -60,9 +65,9 @@ def test_is_attention_of_rotated_query_and_key(name, dtype, interleaved, backend
 
 @pytest.mark.parametrize("name", ["self", "grouped, partial", "decode"])
 def test_against_the_dense_formula(name, backend):
-    """fp64: complex rotation, explicit scores."""
+    """Complex rotation, explicit scores, in the widest dtype."""
     b, hq, hkv, lq, lk, d, r = SHAPES[name]
-    q, k, v, angle, _ = leaves_of(*SHAPES[name], torch.float64)
+    q, k, v, angle, _ = leaves_of(*SHAPES[name], backend.widest)
     cos, sin = (f(angle).detach().requires_grad_() for f in (torch.cos, torch.sin))
     positions_q, positions_k = torch.randint(0, lk, (b, lq)), torch.randperm(lk)
 
@@ -77,7 +82,7 @@ def test_against_the_dense_formula(name, backend):
     rotation = pyext.Rotary(cos, sin, positions_q=positions_q, positions_k=positions_k)
     got = pyext.attention(q, k, v, scale=0.3, rotary=rotation, enable_gqa=True, impl=backend.impl)
     for a, b in zip(gradients(got, leaves), gradients(wanted, leaves)):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a, b, **close(backend, 1e-10))
     with torch.no_grad():
         again = pyext.attention(q, k, v, scale=0.3, rotary=rotation, enable_gqa=True, impl=backend.impl)
     assert torch.equal(again, got)
@@ -88,8 +93,8 @@ def test_packed_sequences(given, backend):
     """Positions are those of the sequence: as attention, one sequence after the other."""
     lengths = ((3, 5), (0, 4), (9, 9), (1, 30))
     cu_q, cu_k = (torch.tensor([0, *sizes]).cumsum(0) for sizes in zip(*lengths))
-    q, k, v = (torch.randn(n, h, 16, dtype=torch.float64) for n, h in ((13, 4), (48, 2), (48, 2)))
-    cos, sin = (torch.randn(40, 6, dtype=torch.float64) for _ in range(2))
+    q, k, v = (torch.randn(n, h, 16, dtype=backend.widest) for n, h in ((13, 4), (48, 2), (48, 2)))
+    cos, sin = (torch.randn(40, 6, dtype=backend.widest) for _ in range(2))
     leaves = [x.requires_grad_() for x in (q, k, v, cos, sin)]
     positions = {}
     if given:
@@ -104,7 +109,7 @@ def test_packed_sequences(given, backend):
         part = pyext.attention(*one, rotary=pyext.Rotary(cos, sin, **local), **options)
         parts.append(part[0].transpose(0, 1))
     for a, b in zip(gradients(got, leaves), gradients(torch.cat(parts), leaves)):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(a, b, **close(backend, 1e-11))
     with torch.no_grad():
         again = pyext.varlen_attention(q, k, v, cu_q, cu_k, rotary=pyext.Rotary(cos, sin, **positions), **options)
     assert torch.equal(again, got)
@@ -115,7 +120,7 @@ def test_masks_that_reorder_the_sequence(name, backend):
     """A token is rotated by its own position, wherever a mask in several passes moves it."""
     masks = pyext.masks
     mask = masks.strided(5) & masks.causal() if name == "strided" else masks.permutation(torch.randperm(40))
-    q, k, v, cos, sin = leaves = leaves_of(*SHAPES["self"], torch.float64)
+    q, k, v, cos, sin = leaves = leaves_of(*SHAPES["self"], backend.widest)
     got = pyext.attention(q, k, v, mask=mask, rotary=pyext.Rotary(cos, sin), impl=backend.impl)
     turned = (pyext.rotary(x, cos, sin, impl=backend.impl) for x in (q, k))
     wanted = pyext.attention(*turned, v, mask=mask, impl=backend.impl)
@@ -125,12 +130,12 @@ def test_masks_that_reorder_the_sequence(name, backend):
 
 def test_token_by_token_equals_all_at_once(backend):
     """Causal decoding, one query at a time against the keys so far."""
-    q, k, v, cos, sin = (x.detach() for x in leaves_of(1, 4, 2, 20, 20, 32, 32, torch.float64))
+    q, k, v, cos, sin = (x.detach() for x in leaves_of(1, 4, 2, 20, 20, 32, 32, backend.widest))
     options = dict(rotary=pyext.Rotary(cos, sin), enable_gqa=True, impl=backend.impl)
     whole = pyext.attention(q, k, v, mask=pyext.masks.causal(), **options)
     for n in range(20):
         step = pyext.attention(q[:, :, n : n + 1], k[:, :, : n + 1], v[:, :, : n + 1], **options)
-        torch.testing.assert_close(step[:, :, 0], whole[:, :, n], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(step[:, :, 0], whole[:, :, n], **close(backend, 1e-12))
 
 
 def test_leading_dimensions_and_one_key_head(backend):

@@ -42,14 +42,31 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pyext._primitives import POLICIES
-from pyext.kernels import _gemm, _launch, gated_linear, glu, moe_dispatch, moe_experts, moe_route, rotary
+from pyext.kernels import (
+    _attention_configs,
+    _attention_gradient_plan,
+    _gemm,
+    _launch,
+    gated_linear,
+    glu,
+    moe_dispatch,
+    moe_experts,
+    moe_route,
+    rotary,
+)
+
+from . import triton_aot_attention
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8",
+    torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-TABLES = {"gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS}
+TABLES = {
+    "gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS, "attention": _attention_configs.CONFIGS,
+    "attention_backward": _attention_gradient_plan.BACKWARD_CONFIGS,
+}  # fmt: skip
+BY_ARCHITECTURE = (_gemm, _attention_configs, _attention_gradient_plan)  # the modules that choose configurations
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COUNTED = {
     "HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTCMMA": r"\bUTC\w*MMA", "FFMA": r"\bFFMA", "spills": r"\b(?:STL|LDL)",
@@ -68,7 +85,7 @@ class Kernel:
     name: str
     signature: tuple
     constants: tuple
-    divisible: tuple[int, ...]
+    divisible: tuple[tuple[int, ...], ...]
     options: tuple
     wide: bool  # whether its accesses should be 16 bytes wide, if it goes through columns
 
@@ -237,6 +254,7 @@ def scenarios(arch: int, everything: bool) -> Iterator[tuple[str, bool, Callable
             yield f"routed to {count} {TYPES[dtype]}", False, call
     for dtype in dtypes(_launch.DTYPES):
         yield f"odd sizes {TYPES[dtype]}", False, lambda dtype=dtype: unaligned(dtype)
+    yield from triton_aot_attention.scenarios(dtypes, everything)
 
 
 def record(arch: int, everything: bool) -> list[Kernel]:
@@ -251,12 +269,15 @@ def record(arch: int, everything: bool) -> list[Kernel]:
 
     stock, JITFunction.run = JITFunction.run, run
     of_device = _launch.architecture
-    _gemm.architecture = lambda device: arch
+    for module in BY_ARCHITECTURE:
+        module.architecture = lambda device: arch
     try:
         for scenario, wide, call in scenarios(arch, everything):  # noqa: B007  (`run` reads them)
             call()
     finally:
-        JITFunction.run, _gemm.architecture = stock, of_device
+        JITFunction.run = stock
+        for module in BY_ARCHITECTURE:
+            module.architecture = of_device
     return list(found.values())
 
 
@@ -277,22 +298,28 @@ def specialised(function: JITFunction, args, options: dict, arch: int, scenario:
     names = function.arg_names
     values = {**dict(zip(names, args)), **{name: options[name] for name in names if name in options}}
     signature, constants, divisible = {}, {}, []
+
+    def kind(value, path: tuple, constant: bool) -> str:
+        """The type of an argument or of an element of a named tuple, which a path leads to."""
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[names[path[0]] if len(path) == 1 else path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor):
+            result, address = "*" + TYPES[value.dtype], value.storage_offset() * value.element_size()
+        else:
+            result, address = "i32" if -(2**31) <= value < 2**31 else "i64", value
+        if address % 16 == 0:
+            divisible.append(path)
+        return result
+
     for position, name in enumerate(names):
         value = values[name]
-        if function.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            address = value.storage_offset() * value.element_size()
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-            continue
+        if isinstance(value, tuple):
+            signature[name] = type(value)(*(kind(part, (position, n), False) for n, part in enumerate(value)))
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            address = value
-        if address % 16 == 0:
-            divisible.append(position)
+            signature[name] = kind(value, (position,), function.params[position].is_constexpr)
     others = {name: value for name, value in options.items() if name not in names}
     return Kernel(
         arch, scenario, function.fn.__module__, function.fn.__name__, tuple(signature.items()),
@@ -310,7 +337,7 @@ def compile_kernel(kernel: Kernel) -> Report:
         fn=function,
         signature=dict(kernel.signature),
         constexprs=dict(kernel.constants),
-        attrs={(position,): [["tt.divisibility", 16]] for position in kernel.divisible},
+        attrs={path: [["tt.divisibility", 16]] for path in kernel.divisible},
     )
     report = Report(kernel)
     try:
@@ -340,7 +367,8 @@ def cuobjdump(cubin: bytes) -> str:
 
 def faults(report: Report, local: int) -> Iterator[str]:
     kernel, counts = report.kernel, report.counts
-    if counts["spills"] or report.stack or local:
+    spills = any(name in kernel.scenario for name in triton_aot_attention.SPILLS)
+    if (counts["spills"] or report.stack or local) and not spills:
         yield f"{counts['spills']} spills, {report.stack} bytes of stack, {local} local"
     if report.shared > SHARED_LIMIT[kernel.arch]:
         yield f"shared memory above {SHARED_LIMIT[kernel.arch]}"
@@ -355,13 +383,16 @@ def faults(report: Report, local: int) -> Iterator[str]:
 
 
 def matrix_unit(kernel: Kernel) -> str | None:
-    """What should compute the products: the units for whole warpgroups need 64 rows; fp32 is exact on none."""
+    """What should compute the products: the units for whole warpgroups need 64 rows (of K Q^T, columns of a tile); fp32
+    is exact on none."""
     constants = dict(kernel.constants)
-    if "DEPTH" not in constants:
+    if "DEPTH" not in constants and not {"WIDTH", "ROWS", "COLUMNS"} <= constants.keys():
         return None
-    if not {"*bf16", "*fp16"} & set(dict(kernel.signature).values()):
+    types = {t for kind in dict(kernel.signature).values() for t in ([kind] if isinstance(kind, str) else kind)}
+    if not {"*bf16", "*fp16"} & types:
         return "FFMA"
-    return {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[kernel.arch] if constants["ROWS"] >= 64 else "HMMA"
+    rows = constants["COLUMNS" if kernel.name == "_keys_kernel" else "ROWS"]
+    return {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}[kernel.arch] if rows >= 64 else "HMMA"
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Fake kernels and autograd of `pyext::attention_forward` and `pyext::attention_backward`.
 
-Their schemas and kernels are in csrc/attention.cpp.
+Their schemas and kernels are in csrc/attention.cpp, the Triton launchers in kernels/triton.
 """
 
 import torch
@@ -87,6 +87,7 @@ def _rotated(sibling, run, *inputs):
 
 def register() -> None:
     """Attach fakes and autograd to the ops; the native module must be loaded."""
-    _register.register("attention_forward", _forward_fake, _Attention.apply)
+    _register.register("attention_forward", _forward_fake, _Attention.apply, launchers="attention")
     _register.register("attention_rotated_forward", _forward_fake, _rotated)
-    _register.register("attention_backward", _backward_fake, _register.once_differentiable("attention"))
+    no_second = _register.once_differentiable("attention")
+    _register.register("attention_backward", _backward_fake, no_second, launchers="attention_backward")

@@ -1,8 +1,8 @@
 """`attention` and `varlen_attention`: validate, lower, choose a backend, call it.
 
 The path of a call: `_prepare` (named errors; biases and masks become primitives) -> `_dispatch.choose` -> the op
-`pyext::attention_forward` (CPU kernels) or `reference.attention` on the same flat problem. `_shapes` brings SDPA's
-shapes to four dimensions, `_autograd` holds the op's derivative and fake kernels.
+`attention_forward` of `pyext` (CPU and CUDA kernels) or `pyext_triton`, or `reference.attention`, on the same flat
+problem. `_shapes` brings SDPA's shapes to four dimensions, `_autograd` holds the op's derivative and fake kernels.
 """
 
 import functools
@@ -398,9 +398,19 @@ def _explain(prepare, return_lse, generator, deterministic, **call):
     return problem
 
 
+def _triton_limits(problem: tuple) -> str | None:
+    """Why the Triton kernels do not take this problem, or None."""
+    query, _, value, *_ = problem
+    width = max(query.shape[3], value.shape[3])
+    return f"the head dimension is {width}, more than 256" if width > 256 else None
+
+
 for _function, _lowering in ((attention, _prepare), (varlen_attention, _prepare_varlen)):
     _dispatch.register(
-        _function, functools.partial(_explain, _lowering), ("cpu", "cuda"), limits={"cuda": _cuda_attention.limits}
+        _function,
+        functools.partial(_explain, _lowering),
+        ("cpu", "triton", "cuda"),
+        limits={"cuda": _cuda_attention.limits, "triton": _triton_limits},
     )
 if _native.module() is not None:
     _autograd.register()

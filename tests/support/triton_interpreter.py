@@ -233,6 +233,7 @@ def _tensors(value) -> list[torch.Tensor]:
 
 def _init_args_hst(stock, self, args_dev, kwargs):
     global _launch
+    _patched.clear()
     args, kwargs = stock(self, args_dev, kwargs)
     _launch = _Launch(_tensors([args, list(kwargs.values())]))
     return args, kwargs
@@ -311,6 +312,21 @@ def _set_grid_idx(stock, self, x, y, z):
     stock(self, *self.order[(x * ny + y) * nz + z])
 
 
+_languages: dict[object, frozenset[int]] = {}  # function -> the modules of Triton's language that it sees
+_patched: set[int] = set()  # those that the launch has replaced the functions of
+
+
+def _patch_lang(stock, fn):
+    """Once per launch: the interpreter does it at every call of a device function, which takes it half of its time."""
+    if fn not in _languages:
+        seen = {id(value) for value in fn.__globals__.values()}
+        _languages[fn] = frozenset(seen & {id(tl), id(tl.core)})
+    if _languages[fn] <= _patched:
+        return interpreter._LangPatchScope()
+    _patched.update(_languages[fn])
+    return stock(fn)
+
+
 def _patch_lang_tensor(stock, tensor, scope):
     """Scalars as bounds of a Python range: numpy refuses what Triton 3.6 does with them."""
     stock(tensor, scope)
@@ -328,7 +344,7 @@ CHANGES = {
     interpreter.ReduceOps: (_apply_impl,),
     interpreter.ScanOps: (_apply_impl,),
     Executor: (_init_args_hst, _restore_args_dev),
-    interpreter: (_patch_lang_tensor,),
+    interpreter: (_patch_lang, _patch_lang_tensor),
 }  # fmt: skip
 
 

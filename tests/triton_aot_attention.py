@@ -1,0 +1,107 @@
+"""Calls of attention for `triton_aot.py`: every configuration, every primitive, and the primitives that may meet."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from pyext._primitives import BLOCK, AttentionProblem
+from pyext.kernels import attention, attention_backward
+
+FP32, INT32 = torch.float32, torch.int32
+
+
+def meta(*shape, dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def problem(dtype, features=(), batch=2, heads=8, kv_heads=4, queries=4096, keys=4096, width=64, value=None):
+    """A call with these features; rows of batch, length, heads as projections leave them."""
+
+    def rows(length, count, features):
+        return meta(batch, length, count, features, dtype=dtype).transpose(1, 2)
+
+    query, key = rows(queries, heads, width), rows(keys, kv_heads, width)
+    strip = queries + keys - 1
+    index, blocks = meta(strip, dtype=INT32), queries // BLOCK + 1
+    fields = {
+        "causal": {"right": 0},
+        "window": {"left": 256, "right": 0},
+        "softcap": {"softcap": 30.0},
+        "sinks": {"sinks": meta(heads, dtype=FP32)},
+        "dense": {"dense": meta(1, heads, queries, keys, dtype=dtype)},
+        "diag": {"diag": meta(heads, strip, dtype=FP32)},
+        "rel_q": {"rel_query": query, "rel_q": meta(1, heads, 512, width, dtype=dtype), "rel_index": index},
+        "rel_k": {"rel_k": meta(1, heads, 512, width, dtype=dtype), "rel_index": index},
+        "segment": {
+            "segment": meta(batch, heads, queries, 2, dtype=FP32),
+            "segment_q": meta(batch, queries, dtype=INT32),
+            "segment_k": meta(batch, keys, dtype=INT32),
+        },
+        "mask": {"mask": meta(batch, 1, queries, keys, dtype=torch.bool)},
+        "intervals": {"intervals": meta(batch, queries, 2, dtype=INT32)},
+        "blocks": {
+            "block_offsets": meta(1, 1, blocks, dtype=INT32),
+            "block_index": meta(600, 2, dtype=INT32),
+            "block_bits": meta(100, BLOCK, BLOCK // 8, dtype=torch.uint8),
+        },
+        "dropout": {"dropout_p": 0.1, "seed": meta(1, dtype=torch.int64)},
+        "packed": {"cu_seqlens_q": meta(17, dtype=INT32), "cu_seqlens_k": meta(17, dtype=INT32)},
+    }
+    chosen = {name: value for feature in features for name, value in fields[feature].items()}
+    return AttentionProblem(query, key, rows(keys, kv_heads, value or width), scale=0.125, **chosen)
+
+
+#: What fills each kind of configuration, and all that may meet in a call where more meets than it is for.
+FULL = {
+    "plain": ("window", "intervals", "softcap", "sinks"),
+    "strip": ("causal", "diag"),
+    "pairs": ("causal", "diag", "dropout"),
+    "relative": ("rel_q", "rel_k", "segment"),
+}
+CROWDED = {
+    "pairs": ("causal", "dense", "diag", "segment", "mask", "intervals", "blocks", "dropout", "softcap", "sinks"),
+    "relative": ("rel_q", "rel_k", "dense", "segment", "mask", "intervals", "dropout", "softcap", "sinks"),
+}
+#: Scenarios whose registers spill, as docs/triton.md says: exact products of fp32 hold whole rows.
+SPILLS = tuple(f"{name} of relative {width} float32" for name in ("full", "all") for width in (128, 256))
+#: What calls usually have.
+USUAL = ((), ("dense",), ("blocks",), ("packed", "causal"), ("packed", "diag", "intervals"))
+
+
+BACKWARD = ("dense", "blocks", "packed diag")  # of those the backward, too: its kernels are slow to compile
+
+
+def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """(name, whether accesses should be wide, the call). `dtypes` chooses among some, as in `triton_aot`."""
+    half = (torch.bfloat16, torch.float16)
+    for kind, width in itertools.product(FULL, (64, 128, 256)):
+        for dtype in (*dtypes(half), FP32):
+            yield _scenario(f"full of {kind}", dtype, FULL[kind], width)
+    for kind, width in itertools.product(CROWDED, (64, 128, 256)):
+        for dtype in dtypes((*half, FP32)):
+            yield _scenario(f"all of {kind}", dtype, CROWDED[kind], width)
+    for features in USUAL:
+        for width in (64, 128) if everything else (128,):
+            for dtype in dtypes(half):
+                batch = 1 if "packed" in features else 2
+                yield _scenario(" ".join(features) or "nothing", dtype, features, width, batch=batch)
+    for queries in (1, 16):
+        for dtype in (*dtypes(half), FP32):
+            yield _scenario(f"{queries} queries", dtype, ("causal",), 128, queries=queries, keys=32768)
+    for dtype in dtypes((*half, FP32)):
+        yield _scenario("odd sizes", dtype, ("causal", "diag"), 72, queries=333, keys=555, value=40)
+
+
+def _scenario(name: str, dtype, features: tuple, width: int, **sizes) -> tuple[str, bool, Callable[[], object]]:
+    def call():
+        p = problem(dtype, features, width=width, **sizes)
+        attention.attention_forward(*p)
+        if name.startswith(("full", "odd", *BACKWARD)):
+            out = torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3]))
+            lse = meta(*out.shape[:3], dtype=torch.float64)
+            attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
+
+    return f"attention, {name} {width} {str(dtype)[6:]}", width % 64 == 0, call

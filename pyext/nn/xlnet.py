@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _checks
 from .. import bias as _bias
@@ -105,7 +106,16 @@ class XLNetAttention(nn.Module):
 
     def _heads(self, states: Tensor, weight: Tensor) -> Tensor:
         """(L, B, d_model) -> (B, H, L, D), a view of the projection."""
-        return (states @ weight.flatten(1)).unflatten(-1, (self.n_head, self.d_head)).permute(1, 2, 0, 3)
+        return self._split(states, weight).permute(1, 2, 0, 3)
+
+    def _split(self, states: Tensor, weight: Tensor) -> Tensor:
+        """(..., d_model) -> (..., H, D)."""
+        return self._linear(states, weight.flatten(1).t()).unflatten(-1, (self.n_head, self.d_head))
+
+    @staticmethod
+    def _linear(x: Tensor, weight: Tensor) -> Tensor:
+        """x weight^T, which a model that was patched may have computed by something else than torch."""
+        return F.linear(x, weight)
 
     def _rows(self, r: Tensor | None, keys: int, h: Tensor) -> Tensor:
         """Projected embeddings of the positions keys, keys - 1, ...: (P, H, D), or (B, P, H, D) where they differ."""
@@ -115,7 +125,7 @@ class XLNetAttention(nn.Module):
             r = r[:, None]
         elif r.stride(1) == 0:  # one embedding, expanded over the batch
             r = r[:, :1]
-        rows = (r.to(self.r.dtype) @ self.r.flatten(1)).unflatten(-1, (self.n_head, self.d_head))
+        rows = self._split(r.to(self.r.dtype), self.r)
         return rows[:, 0] if rows.shape[1] == 1 else rows.transpose(0, 1)
 
     def _attend(self, residual, query, key, value, rows, attn_mask, seg_q, seg_k, target_mapping) -> Tensor:
@@ -138,7 +148,7 @@ class XLNetAttention(nn.Module):
         )
         if target_mapping is not None:
             attended = torch.einsum("bnld,mlb->bnmd", attended, target_mapping)
-        out = attended.permute(2, 0, 1, 3).flatten(2) @ self.o.flatten(1).t()
+        out = self._linear(attended.permute(2, 0, 1, 3).flatten(2), self.o.flatten(1))
         return self.layer_norm(self.dropout(out) + residual)
 
 

@@ -242,11 +242,6 @@ def _xlnet_attention(self, h, g, attn_mask_h, attn_mask_g, r, seg_mat, mems=None
     return (*out, None) if output_attentions else out
 
 
-def _xlnet_heads(self, states, weight):
-    """`XLNetAttention._heads`, through the product that `patch` gives to linear layers."""
-    return linear(states, weight.flatten(1).t()).unflatten(-1, (self.n_head, self.d_head)).permute(1, 2, 0, 3)
-
-
 # --- Which is which ---
 
 
@@ -275,8 +270,8 @@ _METHODS: dict[tuple[str, str], dict] = {
     ("xlnet", "XLNetModel"): {"forward": _xlnet_model},
     ("xlnet", "XLNetRelativeAttention"): {
         "forward": _xlnet_attention,
-        **_borrowed(XLNetAttention, "_rows", "_attend"),
-        "_heads": _xlnet_heads,
+        **_borrowed(XLNetAttention, "_heads", "_split", "_rows", "_attend"),
+        "_linear": staticmethod(linear),
     },
 }
 #: Classes outside of the attention registry whose masks come from the mask registry all the same.

@@ -53,7 +53,7 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
     ("queries", "pairs", 2): {
         80: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
         90: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
-        100: (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(16, 32, 8, 1)),
+        100: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     },
     ("queries", "relative", 2): {
         80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
@@ -86,23 +86,23 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         100: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
     },
     ("sums", "pairs", 2): {
-        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 4, 1)),
+        80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
         90: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
         100: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
     },
     ("sums", "relative", 2): {
-        80: (Config(16, 16, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
-        90: (Config(16, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+        80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
+        90: (Config(16, 16, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
         100: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
     },
     ("queries", "plain", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1))
     ),
     ("queries", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("queries", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("queries", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
@@ -111,10 +111,10 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         ARCHITECTURES, (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 1))
     ),
     ("keys", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
@@ -135,11 +135,16 @@ BANDED = 256  # queries from which on it pays to look for what a strip is in eac
 
 
 def _kind(problem: AttentionProblem) -> str:
-    """As for the forward; but a strip alone among numbers of pairs is a kind of its own: "strip"."""
+    """As for the forward; but rows of odd widths, which are read one element at a time, have the tiles of "pairs", and
+    a strip alone, without anything else for each pair, is a kind of its own: "strip"."""
     kind, more = kind_of(problem), (problem.dense, problem.segment, problem.mask, problem.block_offsets)
-    if kind == "pairs" and problem.dropout_p == 0 and not problem.softcap and all(tensor is None for tensor in more):
-        kind = "strip"
-    return kind
+    if kind == "relative":
+        return kind
+    if problem.query.shape[3] % 16 or problem.value.shape[3] % 16:
+        return "pairs"
+    alone = problem.dropout_p == 0 and not problem.softcap and all(tensor is None for tensor in more)
+    crowded = problem.cu_seqlens_q is not None and problem.intervals is not None
+    return "strip" if kind == "pairs" and alone and not crowded else kind
 
 
 def tile_of(kernel: str, problem: AttentionProblem) -> Config:

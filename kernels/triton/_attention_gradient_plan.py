@@ -135,13 +135,8 @@ BANDED = 256  # queries from which on it pays to look for what a strip is in eac
 
 
 def _kind(problem: AttentionProblem) -> str:
-    """As for the forward; but rows of odd widths, which are read one element at a time, have the tiles of "pairs", and
-    a strip alone, without anything else for each pair, is a kind of its own: "strip"."""
+    """As for the forward; but a strip alone, without anything else for each pair, is a kind of its own: "strip"."""
     kind, more = kind_of(problem), (problem.dense, problem.segment, problem.mask, problem.block_offsets)
-    if kind == "relative":
-        return kind
-    if problem.query.shape[3] % 16 or problem.value.shape[3] % 16:
-        return "pairs"
     alone = problem.dropout_p == 0 and not problem.softcap and all(tensor is None for tensor in more)
     crowded = problem.cu_seqlens_q is not None and problem.intervals is not None
     return "strip" if kind == "pairs" and alone and not crowded else kind
@@ -152,8 +147,12 @@ def tile_of(kernel: str, problem: AttentionProblem) -> Config:
     if query.device.type == "cpu":
         return INTERPRETED[kernel]
     width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
-    table = BACKWARD_CONFIGS[kernel, _kind(problem), query.element_size()]
-    return table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
+    kind, column = _kind(problem), sum(width > limit for limit in WIDTHS[:-1])
+    odd = query.shape[3] % 16 > 0 or problem.value.shape[3] % 16 > 0
+    if odd and kind != "relative":  # rows are read one element at a time, which takes registers
+        kind = "pairs"
+    config = BACKWARD_CONFIGS[kernel, kind, query.element_size()][architecture(query.device)][column]
+    return config._replace(warps=8) if odd else config
 
 
 def banded(problem: AttentionProblem, p: Problem, tile: Config) -> Problem:

@@ -41,7 +41,7 @@ class Listing(NamedTuple):
 #: dK and dV; "sums": what adds tiles up, as many queries as keys.
 BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
     ("queries", "plain", 2): {
-        80: (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
+        80: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(64, 32, 8, 2)),
         90: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 32, 8, 1)),
         100: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
     },
@@ -96,7 +96,7 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         100: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
     },
     ("queries", "plain", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1))
     ),
     ("queries", "strip", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
@@ -120,10 +120,10 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))

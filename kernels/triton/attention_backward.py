@@ -31,7 +31,7 @@ from ._attention_tile import (
 from ._launch import check, on, readable
 
 CHUNK = 1024  # intervals that are read at a time
-PREPARED = 4096  # elements of a tile
+PREPARED = 2048  # elements of a tile
 #: What `attention_backward` returns, in this order; and what of it is laid out as outputs are.
 LIKE_OUTPUT = ("query", "key", "value", "rel_query")
 GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")

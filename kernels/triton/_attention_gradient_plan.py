@@ -87,8 +87,8 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
     },
     ("sums", "pairs", 2): {
         80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
-        90: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
-        100: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
+        90: (Config(64, 64, 4, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(16, 16, 8, 1)),
     },
     ("sums", "relative", 2): {
         80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),

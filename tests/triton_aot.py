@@ -66,6 +66,7 @@ TABLES = {
     "gated_linear": gated_linear.CONFIGS, "moe_experts": moe_experts.CONFIGS, "attention": _attention_configs.CONFIGS,
     "attention_backward": _attention_gradient_plan.BACKWARD_CONFIGS,
 }  # fmt: skip
+BY_TURNS = ("attention_backward",)  # tables of which each GPU gets a part, but with --all
 BY_ARCHITECTURE = (_gemm, _attention_configs, _attention_gradient_plan)  # the modules that choose configurations
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COUNTED = {
@@ -281,12 +282,13 @@ def record(arch: int, everything: bool) -> list[Kernel]:
     return list(found.values())
 
 
-def missing(arch: int, kernels: list[Kernel]) -> list[str]:
-    """The configurations of the tables that none of these kernels has."""
+def missing(arch: int, kernels: list[Kernel], everything: bool) -> list[str]:
+    """The configurations of the tables that none of these kernels has; where they take turns, of all of them only."""
     used = {frozenset({**dict(k.constants), **dict(k.options)}.items()) for k in kernels}
     return [
         f"sm_{arch} {module} {kind}: {config}"
         for module, configurations in TABLES.items()
+        if everything or module not in BY_TURNS
         for kind, table in configurations.items()
         for config in table[arch]
         if not any(config.options().items() <= items for items in used)
@@ -405,7 +407,7 @@ def main() -> int:
     start = time.perf_counter()
     architectures = [options.arch] if options.arch else _launch.ARCHITECTURES
     recorded = {arch: record(arch, options.all) for arch in architectures}
-    left_out = [line for arch, kernels in recorded.items() for line in missing(arch, kernels)]
+    left_out = [line for arch, kernels in recorded.items() for line in missing(arch, kernels, options.all)]
     kernels = [k for found in recorded.values() for k in found if options.only in k.label]
     wrong = len(left_out)
     for line in left_out:

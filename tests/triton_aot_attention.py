@@ -57,7 +57,6 @@ def problem(dtype, features=(), batch=2, heads=8, kv_heads=4, queries=4096, keys
 #: What fills each kind of configuration, and all that may meet in a call where more meets than it is for.
 FULL = {
     "plain": ("window", "intervals", "softcap", "sinks"),
-    "strip": ("causal", "diag"),
     "pairs": ("causal", "diag", "dropout"),
     "relative": ("rel_q", "rel_k", "segment"),
 }
@@ -66,12 +65,10 @@ CROWDED = {
     "relative": ("rel_q", "rel_k", "dense", "segment", "mask", "intervals", "dropout", "softcap", "sinks"),
 }
 #: Scenarios whose registers spill, as docs/triton.md says: exact products of fp32 hold whole rows.
-SPILLS = tuple(f"{name} of relative {width} float32" for name in ("full", "all") for width in (128, 256))
+SPILLS = tuple(f"{name} of relative {width} float32" for name in ("full", "all", "backward") for width in (128, 256))
+SPILLS += ("backward of relative 64 float32", "backward, odd sizes 72 float32")
 #: What calls usually have.
 USUAL = ((), ("dense",), ("blocks",), ("packed", "causal"), ("packed", "diag", "intervals"))
-
-
-BACKWARD = ("dense", "blocks", "packed diag")  # of those the backward, too: its kernels are slow to compile
 
 
 def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, Callable[[], object]]]:
@@ -93,15 +90,35 @@ def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, C
             yield _scenario(f"{queries} queries", dtype, ("causal",), 128, queries=queries, keys=32768)
     for dtype in dtypes((*half, FP32)):
         yield _scenario("odd sizes", dtype, ("causal", "diag"), 72, queries=333, keys=555, value=40)
+    yield from _backward(dtypes)
 
 
-def _scenario(name: str, dtype, features: tuple, width: int, **sizes) -> tuple[str, bool, Callable[[], object]]:
+def _backward(dtypes: Callable) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """The same of the backward, which has several kernels for a call: widths take turns over GPUs, too."""
+    half = (torch.bfloat16, torch.float16)
+    for kind, features in (FULL | {"strip": ("causal", "diag")}).items():
+        for width in dtypes((64, 128, 256)):
+            for dtype in dtypes((*half, *half, FP32)):
+                yield _scenario(f"backward of {kind}", dtype, features, width, backward=True)
+    for features in dtypes((("dense", "mask"), ("blocks", "sinks"), ("packed", "diag", "intervals"))):
+        for dtype in dtypes(half):
+            batch = 1 if "packed" in features else 2
+            yield _scenario(f"backward, {' '.join(features)}", dtype, features, 128, backward=True, batch=batch)
+    for dtype in dtypes((*half, FP32)):
+        sizes = {"queries": 333, "keys": 555, "value": 40, "backward": True}
+        yield _scenario("backward, odd sizes", dtype, ("causal", "diag"), 72, **sizes)
+
+
+def _scenario(
+    name: str, dtype, features: tuple, width: int, backward: bool = False, **sizes
+) -> tuple[str, bool, Callable[[], object]]:
     def call():
         p = problem(dtype, features, width=width, **sizes)
-        attention.attention_forward(*p)
-        if name.startswith(("full", "odd", *BACKWARD)):
-            out = torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3]))
-            lse = meta(*out.shape[:3], dtype=torch.float64)
-            attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
+        if not backward:
+            attention.attention_forward(*p)
+            return
+        out = torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3]))
+        lse = meta(*out.shape[:3], dtype=torch.float64)
+        attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
 
     return f"attention, {name} {width} {str(dtype)[6:]}", width % 64 == 0, call

@@ -41,7 +41,7 @@ class Listing(NamedTuple):
 #: dK and dV; "sums": what adds tiles up, as many queries as keys.
 BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
     ("queries", "plain", 2): {
-        80: (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 8, 2)),
+        80: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(64, 32, 8, 2)),
         90: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 32, 8, 1)),
         100: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
     },
@@ -53,7 +53,7 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
     ("queries", "pairs", 2): {
         80: (Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
         90: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
-        100: (Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(16, 32, 8, 1)),
+        100: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     },
     ("queries", "relative", 2): {
         80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
@@ -86,23 +86,23 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         100: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 1)),
     },
     ("sums", "pairs", 2): {
-        80: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 4, 1)),
-        90: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
-        100: (Config(64, 64, 8, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
+        80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
+        90: (Config(64, 64, 4, 1), Config(64, 64, 8, 1), Config(16, 16, 8, 1)),
+        100: (Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(16, 16, 8, 1)),
     },
     ("sums", "relative", 2): {
-        80: (Config(16, 16, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
-        90: (Config(16, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+        80: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
+        90: (Config(16, 16, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
         100: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(16, 16, 4, 1)),
     },
     ("queries", "plain", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1))
     ),
     ("queries", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("queries", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(16, 16, 8, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("queries", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
@@ -111,19 +111,19 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         ARCHITECTURES, (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 1))
     ),
     ("keys", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "strip", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "pairs", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
+        ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("sums", "relative", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
@@ -135,11 +135,11 @@ BANDED = 256  # queries from which on it pays to look for what a strip is in eac
 
 
 def _kind(problem: AttentionProblem) -> str:
-    """As for the forward; but a strip alone among numbers of pairs is a kind of its own: "strip"."""
+    """As for the forward; but a strip alone, without anything else for each pair, is a kind of its own: "strip"."""
     kind, more = kind_of(problem), (problem.dense, problem.segment, problem.mask, problem.block_offsets)
-    if kind == "pairs" and problem.dropout_p == 0 and not problem.softcap and all(tensor is None for tensor in more):
-        kind = "strip"
-    return kind
+    alone = problem.dropout_p == 0 and not problem.softcap and all(tensor is None for tensor in more)
+    crowded = problem.cu_seqlens_q is not None and problem.intervals is not None
+    return "strip" if kind == "pairs" and alone and not crowded else kind
 
 
 def tile_of(kernel: str, problem: AttentionProblem) -> Config:
@@ -147,8 +147,12 @@ def tile_of(kernel: str, problem: AttentionProblem) -> Config:
     if query.device.type == "cpu":
         return INTERPRETED[kernel]
     width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
-    table = BACKWARD_CONFIGS[kernel, _kind(problem), query.element_size()]
-    return table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
+    kind, column = _kind(problem), sum(width > limit for limit in WIDTHS[:-1])
+    odd = query.shape[3] % 16 > 0 or problem.value.shape[3] % 16 > 0
+    if odd and kind != "relative":  # rows are read one element at a time, which takes registers
+        kind = "pairs"
+    config = BACKWARD_CONFIGS[kernel, kind, query.element_size()][architecture(query.device)][column]
+    return config._replace(warps=8) if odd else config
 
 
 def banded(problem: AttentionProblem, p: Problem, tile: Config) -> Problem:

@@ -31,7 +31,7 @@ from ._attention_tile import (
 from ._launch import check, on, readable
 
 CHUNK = 1024  # intervals that are read at a time
-PREPARED_ROWS = 64
+PREPARED = 2048  # elements of a tile
 #: What `attention_backward` returns, in this order; and what of it is laid out as outputs are.
 LIKE_OUTPUT = ("query", "key", "value", "rel_query")
 GRADIENTS = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
@@ -341,9 +341,10 @@ def _prepare(p: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     """lse in units and delta of every query, see `_prepare_kernel`."""
     batch, heads, queries, width = out.shape
     units, delta = (out.new_empty((batch, heads, queries), dtype=torch.float32) for _ in range(2))
-    _prepare_kernel[grid(triton.cdiv(queries, PREPARED_ROWS) * heads * batch)](
+    rows = PREPARED // padded(width)
+    _prepare_kernel[grid(triton.cdiv(queries, rows) * heads * batch)](
         p, Rows.of(out), Rows.of(grad_out), lse, grad_lse, units, delta,
-        WIDTH=width, PADDED=padded(width), ROWS=PREPARED_ROWS,
+        WIDTH=width, PADDED=padded(width), ROWS=rows,
     )  # fmt: skip
     return units, delta
 

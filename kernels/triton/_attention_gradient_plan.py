@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from .._primitives import AttentionProblem
+from ._attention_autotune import chosen
 from ._attention_configs import WIDTHS, Config, kind_of
 from ._attention_plan import padded, with_bands
 from ._attention_tile import Problem
@@ -145,10 +146,10 @@ def _kind(problem: AttentionProblem) -> str:
 def tile_of(kernel: str, problem: AttentionProblem) -> Config:
     query = problem.query
     if query.device.type == "cpu":
-        return INTERPRETED[kernel]
+        return chosen(kernel, INTERPRETED[kernel])
     width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
     table = BACKWARD_CONFIGS[kernel, _kind(problem), query.element_size()]
-    return table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
+    return chosen(kernel, table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])])
 
 
 def banded(problem: AttentionProblem, p: Problem, tile: Config) -> Problem:

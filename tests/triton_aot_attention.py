@@ -95,13 +95,17 @@ def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, C
         yield _scenario("odd sizes", dtype, ("causal", "diag"), 72, queries=333, keys=555, value=40)
 
 
+def backward(p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """All gradients, for the gradient `out` of `out`."""
+    lse = out.new_empty(out.shape[:3], dtype=torch.float64) if lse is None else lse
+    return attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
+
+
 def _scenario(name: str, dtype, features: tuple, width: int, **sizes) -> tuple[str, bool, Callable[[], object]]:
     def call():
         p = problem(dtype, features, width=width, **sizes)
         attention.attention_forward(*p)
         if name.startswith(("full", "odd", *BACKWARD)):
-            out = torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3]))
-            lse = meta(*out.shape[:3], dtype=torch.float64)
-            attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
+            backward(p, torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3])))
 
     return f"attention, {name} {width} {str(dtype)[6:]}", width % 64 == 0, call

@@ -46,7 +46,7 @@ def test_candidates():
             assert len(set(found)) == len(found) > 20 - 10 * (kernel == "sums")
             assert found[0].rows * found[0].columns >= found[-1].rows * found[-1].columns
             assert all(tune.accumulated(entry, c) <= 255 * 32 * c.warps for c in found)
-    assert tune.candidates(Entry("queries", "plain", 2, 90, 128))[0][:3] == (128, 64, 8)
+    assert tune.candidates(Entry("keys", "plain", 2, 90, 128))[0][:3] == (64, 128, 8)
 
 
 BF16 = [key for key in tune.TABLES if key[2] == 2] if backends.TRITON else []

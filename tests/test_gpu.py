@@ -21,7 +21,7 @@ SMALL = gpu_cases.Sizes(tokens=33, hidden=48, inner=40, heads=(2, 3, 17, 16))
 
 
 ATTENTION = gpu_attention_cases.Sizes(
-    plain=(1, 2, 40, 16), biased=(1, 2, 40, 16), sparse=(1, 1, 300, 16), stride=16, caches=(2, 4, 2, 70, 16)
+    plain=(1, 2, 40, 16), biased=(1, 8, 40, 16), sparse=(1, 1, 300, 16), stride=16, caches=(2, 4, 2, 70, 16)
 )
 
 

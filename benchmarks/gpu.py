@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import gpu_cases
+from . import gpu_attention_cases, gpu_cases
 from .harness import machine_facts, native, run_case
 from .report import RESULTS, SCHEMA, summary, table
 
@@ -61,7 +61,7 @@ def text(data: dict) -> str:
 
 def run(pattern: str) -> dict:
     results = []
-    for case in gpu_cases.all_cases():
+    for case in (*gpu_cases.all_cases(), *gpu_attention_cases.all_cases()):
         if re.search(pattern, case.name):
             results.append(run_case(case))
             print(summary(results[-1]), flush=True)

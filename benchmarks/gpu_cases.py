@@ -98,8 +98,10 @@ def _liger(module: str, name: str):
     return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name)
 
 
-def _work(ways: dict, formula: Callable, leaves: tuple, backward: bool, moved: int, flops: float = 0.0) -> Work:
-    """Forward, or backward alone to all leaves. The truth is `formula` in another dtype."""
+def _work(
+    ways: dict, formula: Callable, leaves: tuple, backward: bool, moved: int, flops: float = 0.0, both: bool = False
+) -> Work:
+    """Forward, or backward alone to all leaves, or both. The truth is `formula` in another dtype."""
     dtype, device = leaves[0].dtype, leaves[0].device
     with torch.no_grad():
         like = formula(*leaves)
@@ -118,8 +120,10 @@ def _work(ways: dict, formula: Callable, leaves: tuple, backward: bool, moved: i
         if not backward:
             return torch.no_grad()(lambda: way(*leaves))
         own = [leaf.detach().requires_grad_() for leaf in leaves]
+        if both:
+            return lambda: torch.autograd.grad(way(*own), own, grad, allow_unused=True)
         out = way(*own)
-        return lambda: torch.autograd.grad(out, own, grad, retain_graph=True)
+        return lambda: torch.autograd.grad(out, own, grad, retain_graph=True, allow_unused=True)
 
     source, target = (torch.empty(moved // 2, dtype=torch.int8, device=device) for _ in range(2))
     return Work(

@@ -14,13 +14,22 @@ if ROOT not in sys.path:
 
 from gpu import __main__ as runner  # noqa: E402
 
-from benchmarks import gpu, gpu_cases  # noqa: E402
+from benchmarks import gpu, gpu_attention_cases, gpu_cases  # noqa: E402
 from benchmarks.harness import check  # noqa: E402
 
 SMALL = gpu_cases.Sizes(tokens=33, hidden=48, inner=40, heads=(2, 3, 17, 16))
 
 
-@pytest.mark.parametrize("case", gpu_cases.all_cases("cpu", SMALL), ids=lambda case: case.name)
+ATTENTION = gpu_attention_cases.Sizes(
+    plain=(1, 2, 40, 16), biased=(1, 8, 40, 16), sparse=(1, 1, 300, 16), stride=16, caches=(2, 4, 2, 70, 16)
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    gpu_cases.all_cases("cpu", SMALL) + gpu_attention_cases.all_cases("cpu", ATTENTION),
+    ids=lambda case: case.name,
+)
 def test_cases_are_right(case):
     work = case.setup(case.seed)
     assert check(work)["ok"]

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,8 +258,8 @@ def scenarios(arch: int, everything: bool) -> Iterator[tuple[str, bool, Callable
     yield from triton_aot_attention.scenarios(dtypes, everything)
 
 
-def record(arch: int, everything: bool) -> list[Kernel]:
-    """The kernels that the launchers would launch on this GPU, each once."""
+def record(arch: int, calls: Iterable[tuple[str, bool, Callable[[], object]]]) -> list[Kernel]:
+    """The kernels that these calls, see `scenarios`, would launch on this GPU, each once."""
     found: dict[tuple, Kernel] = {}
     scenario = wide = None
 
@@ -273,7 +273,7 @@ def record(arch: int, everything: bool) -> list[Kernel]:
     for module in BY_ARCHITECTURE:
         module.architecture = lambda device: arch
     try:
-        for scenario, wide, call in scenarios(arch, everything):  # noqa: B007  (`run` reads them)
+        for scenario, wide, call in calls:  # noqa: B007  (`run` reads them)
             call()
     finally:
         JITFunction.run = stock
@@ -406,7 +406,7 @@ def main() -> int:
     options = parser.parse_args()
     start = time.perf_counter()
     architectures = [options.arch] if options.arch else _launch.ARCHITECTURES
-    recorded = {arch: record(arch, options.all) for arch in architectures}
+    recorded = {arch: record(arch, scenarios(arch, options.all)) for arch in architectures}
     left_out = [line for arch, kernels in recorded.items() for line in missing(arch, kernels, options.all)]
     kernels = [k for found in recorded.values() for k in found if options.only in k.label]
     wrong = len(left_out)

@@ -60,6 +60,7 @@ FULL = {
     "pairs": ("causal", "diag", "dropout"),
     "relative": ("rel_q", "rel_k", "segment"),
 }
+BACKWARD_FULL = FULL | {"strip": ("causal", "diag")}
 CROWDED = {
     "pairs": ("causal", "dense", "diag", "segment", "mask", "intervals", "blocks", "dropout", "softcap", "sinks"),
     "relative": ("rel_q", "rel_k", "dense", "segment", "mask", "intervals", "dropout", "softcap", "sinks"),
@@ -98,7 +99,7 @@ def scenarios(dtypes: Callable, everything: bool) -> Iterator[tuple[str, bool, C
 def _backward(dtypes: Callable) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """The same of the backward, which has several kernels for a call: widths take turns over GPUs, too."""
     half = (torch.bfloat16, torch.float16)
-    for kind, features in (FULL | {"strip": ("causal", "diag")}).items():
+    for kind, features in BACKWARD_FULL.items():
         for width in dtypes((64, 128, 256)):
             for dtype in dtypes((*half, *half, FP32)):
                 yield _scenario(f"backward of {kind}", dtype, features, width, backward=True)
@@ -111,16 +112,20 @@ def _backward(dtypes: Callable) -> Iterator[tuple[str, bool, Callable[[], object
         yield _scenario("backward, odd sizes", dtype, ("causal", "diag"), 72, **sizes)
 
 
+def gradients(p: AttentionProblem, out: torch.Tensor, lse: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """All gradients, for the gradient `out` of `out`."""
+    lse = out.new_empty(out.shape[:3], dtype=torch.float64) if lse is None else lse
+    return attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
+
+
 def _scenario(
     name: str, dtype, features: tuple, width: int, backward: bool = False, **sizes
 ) -> tuple[str, bool, Callable[[], object]]:
     def call():
         p = problem(dtype, features, width=width, **sizes)
-        if not backward:
+        if backward:
+            gradients(p, torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3])))
+        else:
             attention.attention_forward(*p)
-            return
-        out = torch.empty_like(p.query[..., :1].expand(*p.query.shape[:3], p.value.shape[3]))
-        lse = meta(*out.shape[:3], dtype=torch.float64)
-        attention_backward.attention_backward(out, None, *p[:3], out, lse, *p[3:], *[True] * 5)
 
     return f"attention, {name} {width} {str(dtype)[6:]}", width % 64 == 0, call

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from .._primitives import AttentionProblem
+from ._attention_autotune import chosen
 from ._attention_configs import WIDTHS, Config, kind_of
 from ._attention_plan import padded, with_bands
 from ._attention_tile import Problem
@@ -145,14 +146,14 @@ def _kind(problem: AttentionProblem) -> str:
 def tile_of(kernel: str, problem: AttentionProblem) -> Config:
     query = problem.query
     if query.device.type == "cpu":
-        return INTERPRETED[kernel]
+        return chosen(kernel, INTERPRETED[kernel])
     width = max(padded(query.shape[3]), padded(problem.value.shape[3]))
     kind, column = _kind(problem), sum(width > limit for limit in WIDTHS[:-1])
     odd = query.shape[3] % 16 > 0 or problem.value.shape[3] % 16 > 0
     if odd and kind != "relative":  # rows are read one element at a time, which takes registers
         kind = "pairs"
     config = BACKWARD_CONFIGS[kernel, kind, query.element_size()][architecture(query.device)][column]
-    return config._replace(warps=8) if odd else config
+    return chosen(kernel, config._replace(warps=8) if odd else config)
 
 
 def banded(problem: AttentionProblem, p: Problem, tile: Config) -> Problem:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._primitives import AttentionProblem
+from ._attention_autotune import chosen, tuned
 from ._attention_configs import FEW, Config, forward_config, kind_of
 from ._attention_plan import grid, like_output, padded, prepared, processors, slots, with_bands
 from ._attention_tile import (
@@ -266,7 +267,7 @@ class _Shape(NamedTuple):
         each = queries
         if p.starts_q is not None:  # a sequence's, about
             each = triton.cdiv(queries, max(p.sequences, 1))
-        config = forward_config(problem)
+        config = chosen("forward", forward_config(problem))
         per_block, together = power_of_two(each, 1, config.rows), 1
         alone = p.rel_index is not None or p.block_offsets is not None
         together_rows = power_of_two(each, 1, FEW) * power_of_two(p.group, 1, FEW)
@@ -285,11 +286,18 @@ class _Shape(NamedTuple):
 def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) fp64 of `AttentionProblem(*arguments)`."""
     problem, p = prepared(AttentionProblem(*arguments))
-    query, (batch, heads, queries, width), value = problem.query, problem.query.shape, problem.value.shape[3]
+    query, (batch, heads, queries, _), value = problem.query, problem.query.shape, problem.value.shape[3]
     out = like_output(query, heads, queries, value)
     lse = query.new_empty((batch, heads, queries), dtype=torch.float64)
-    if lse.numel() == 0:
-        return out, lse
+    if lse.numel() > 0:
+        _launch(problem, p, out, lse)
+    return out, lse
+
+
+@tuned("forward", forward_config)
+def _launch(problem: AttentionProblem, p: Problem, out: Tensor, lse: Tensor) -> None:
+    """Fills out and lse."""
+    query, (batch, heads, queries, width), value = problem.query, problem.query.shape, problem.value.shape[3]
     shape = _Shape.of(problem, p)
     parts, part_lse = out, lse
     if shape.splits > 1:
@@ -315,4 +323,3 @@ def attention_forward(*arguments) -> tuple[Tensor, Tensor]:
                 parts, part_lse, out, lse, lse.numel(), shape.splits, heads, queries, *out.stride()[:3],
                 **widths, MERGED=MERGED,
             )  # fmt: skip
-    return out, lse

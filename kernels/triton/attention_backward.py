@@ -4,6 +4,8 @@ that no two programs add to one number; sums over tiles are in `attention_sums`.
 FlashAttention-2's algorithm (Dao, 2023, section 3.1.2), dQ and dK, dV apart.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from .._primitives import BLOCK, AttentionProblem
 from . import attention_sums
+from ._attention_autotune import tuned
 from ._attention_gradient import add_by_distance, load_keys, load_queries, score_gradients
 from ._attention_gradient_plan import Listing, Rows, banded, scratch_of, tile_of, widths
 from ._attention_plan import grid, like_output, padded, prepared, slots
@@ -416,6 +419,7 @@ def _empty(problem: AttentionProblem, needs: dict[str, bool]) -> dict[str, Tenso
     return grads
 
 
+@tuned("queries", partial(tile_of, "queries"))
 def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict[str, Tensor]) -> None:
     """Fills the gradients of query and rel_query, and that of segment if it is None."""
     batch, heads, queries, width = problem.query.shape
@@ -432,6 +436,7 @@ def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: d
     )  # fmt: skip
 
 
+@tuned("keys", partial(tile_of, "keys"))
 def _of_keys(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict[str, Tensor]) -> None:
     """Fills the gradients of key and value."""
     batch, kv_heads, _, _ = problem.key.shape

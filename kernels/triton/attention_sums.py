@@ -5,12 +5,15 @@ that tiles of dS are added up as they are, or multiplied skewed, and nothing is 
 by one tile: their halves are added in order, then distances that share a row of a table are.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._primitives import AttentionProblem
+from ._attention_autotune import tuned
 from ._attention_gradient import load_keys, load_queries, look_at_tile, score_gradients, sequence, spread
 from ._attention_gradient_plan import banded, scratch_of, tile_of, widths
 from ._attention_plan import grid
@@ -197,6 +200,7 @@ def _joined(partial: Tensor, first: int, length: int) -> Tensor:
     return strips.flatten(1, 2)[:, first : first + length]
 
 
+@tuned("sums", partial(tile_of, "sums"))
 def of_dense(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
     batch, heads, queries, _ = problem.query.shape
     batches, own_heads, rows, keys = problem.dense.shape
@@ -214,6 +218,7 @@ def of_dense(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
     return sums.sum_to_size(problem.dense.shape)
 
 
+@tuned("sums", partial(tile_of, "sums"))
 def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, batches: int) -> Tensor:
     """The sums along diagonals, (batch / batches, heads, Lq + Lk - 1, 1 or D) fp32."""
     batch, heads, queries, width = problem.query.shape

@@ -9,6 +9,7 @@ each weight and row forward, twice as many backward; with one row they read the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -175,10 +176,6 @@ def one_row_work(dtype: str, seed: int) -> Work:
 # --- The list -------------------------------------------------------------------------------------------------------
 
 
-def _setup(make, *args) -> Callable[[int], Work]:
-    return lambda seed: make(*args, seed)
-
-
 def all_cases() -> list[Case]:
     cases = []
     for dtype in ("fp32", "bf16"):
@@ -194,14 +191,14 @@ def all_cases() -> list[Case]:
                     speedup(COMPILED, None if forward else 1.3),
                     percent_of_bandwidth(what="copy"),
                 )
-                setup = _setup(unit_work, activation, direction, dtype)
+                setup = partial(unit_work, activation, direction, dtype)
                 cases.append(Case(name, "glu", title, dtype, figures, setup, op="glu"))
         for direction, times in (("forward", 2), ("backward", 1.8)):
             name, title = f"gated_mlp/{direction}/{name_of(LAYER)}/{dtype}", f"gated_mlp, {direction}, {LAYER}"
             figures = speedup(EAGER, times if dtype == "fp32" else 1), percent_of_peak(80)
-            setup = _setup(layer_work, direction, dtype)
+            setup = partial(layer_work, direction, dtype)
             cases.append(Case(name, "gated_mlp", title, dtype, figures, setup, peak=dtype, op="gated_linear"))
         name, title = f"gated_mlp/one_row/{name_of(ONE_ROW)}/{dtype}", f"gated_mlp, one row, {ONE_ROW}"
         figures = speedup(EAGER), percent_of_bandwidth(70)
-        cases.append(Case(name, "gated_mlp", title, dtype, figures, _setup(one_row_work, dtype), op="gated_linear"))
+        cases.append(Case(name, "gated_mlp", title, dtype, figures, partial(one_row_work, dtype), op="gated_linear"))
     return cases

@@ -20,6 +20,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -389,10 +390,6 @@ def one_token_work(dtype: str, seed: int) -> Work:
 # --- The list --------------------------------------------------------------------------------------------------------
 
 
-def _setup(make, *args) -> Callable[[int], Work]:
-    return lambda seed: make(*args, seed)
-
-
 def all_cases() -> list[Case]:
     cases = []
     for dtype in ("fp32", "bf16"):
@@ -403,11 +400,11 @@ def all_cases() -> list[Case]:
                 plain = policy == "softmax_topk" and not options
                 figures = (milliseconds(5 if plain and direction == "forward" else None),)
                 figures += (speedup(EAGER),) if plain else ()
-                setup = _setup(route_work, policy, options, direction, dtype)
+                setup = partial(route_work, policy, options, direction, dtype)
                 title = f"{policy}{words}, {direction}, {ROUTED}"
                 cases.append(Case(name, "moe_route", title, dtype, figures, setup, op="moe_route"))
-        moves = {"dispatch": _setup(dispatch_work, dtype)}
-        moves |= {f"combine/{d}": _setup(combine_work, d, dtype) for d in ("forward", "backward")}
+        moves = {"dispatch": partial(dispatch_work, dtype)}
+        moves |= {f"combine/{d}": partial(combine_work, d, dtype) for d in ("forward", "backward")}
         for what, setup in moves.items():
             figures = speedup(EAGER), percent_of_bandwidth(70, what="copy"), share_of_time(PRESENT)
             name, title = f"moe/{what}/{name_of(MOVED)}/{dtype}", f"{what.replace('/', ', ')}, {MOVED}"
@@ -422,13 +419,13 @@ def _expert_cases(dtype: str) -> list[Case]:
         for direction, times in zip(("forward", "forward+backward"), TIMES[shape, dtype], strict=True):
             name, title = f"moe/layer/{direction}/{name_of(shape)}/{dtype}", f"experts, {direction}, {shape}"
             figures = *(speedup(peer, times) for peer in IMPLEMENTATIONS[:2]), percent_of_peak()
-            setup = _setup(layer_work, shape, direction, dtype)
+            setup = partial(layer_work, shape, direction, dtype)
             cases.append(Case(name, "moe_experts", title, dtype, figures, setup, peak=dtype, op="moe_experts"))
     name, title = f"moe/skewed/{name_of(LAYERS[0])}/{dtype}", f"experts, four fifths to one, {LAYERS[0]}"
     figures = (time_ratio("balanced", 1.15),)
-    setup = _setup(skewed_work, LAYERS[0], dtype)
+    setup = partial(skewed_work, LAYERS[0], dtype)
     cases.append(Case(name, "moe_experts", title, dtype, figures, setup, op="moe_experts"))
     name, title = f"moe/one_token/{name_of(ONE_TOKEN)}/{dtype}", f"experts, one token, {ONE_TOKEN}"
     figures = *(speedup(peer) for peer in IMPLEMENTATIONS), percent_of_bandwidth(70)
-    cases.append(Case(name, "moe_experts", title, dtype, figures, _setup(one_token_work, dtype), op="moe_experts"))
+    cases.append(Case(name, "moe_experts", title, dtype, figures, partial(one_token_work, dtype), op="moe_experts"))
     return cases

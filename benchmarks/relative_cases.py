@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -169,10 +170,6 @@ def deberta_work(direction: str, dtype: str, seed: int, shape: tuple[int, ...] =
 # --- The list -------------------------------------------------------------------------------------------------------
 
 
-def _setup(make, *args) -> Callable[[int], Work]:
-    return lambda seed: make(*args, seed)
-
-
 def all_cases() -> list[Case]:
     cases = []
     table = (  # name, title, work, peer; per direction: limits against no bias fp32 / bf16, least speed-up
@@ -202,7 +199,7 @@ def all_cases() -> list[Case]:
                         title.format(direction),
                         dtype,
                         figures,
-                        _setup(make, direction, dtype),
+                        partial(make, direction, dtype),
                         peak=dtype,
                     )
                 )

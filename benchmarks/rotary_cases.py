@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -119,10 +120,6 @@ def attention_work(direction: str, dtype: str, seed: int) -> Work:
 # --- The list -------------------------------------------------------------------------------------------------------
 
 
-def _setup(make, *args) -> Callable[[int], Work]:
-    return lambda seed: make(*args, seed)
-
-
 def all_cases() -> list[Case]:
     cases = []
     for dtype in ("fp32", "bf16"):
@@ -130,16 +127,16 @@ def all_cases() -> list[Case]:
         for direction in ("forward", "backward"):
             name, title = f"rotary/{direction}/{shape_name(LLAMA)}/{dtype}", f"rotary, {direction}, {LLAMA}"
             figures = speedup(EAGER, 3 if direction == "forward" else None), copying
-            setup = _setup(rotary_work, direction, dtype, False)
+            setup = partial(rotary_work, direction, dtype, False)
             cases.append(Case(name, "rotary", title, dtype, figures, setup))
         name = f"rotary/interleaved/{shape_name(LLAMA)}/{dtype}"
         title = f"rotary, interleaved, forward, {LLAMA}"
-        cases.append(Case(name, "rotary", title, dtype, (copying,), _setup(rotary_work, "forward", dtype, True)))
+        cases.append(Case(name, "rotary", title, dtype, (copying,), partial(rotary_work, "forward", dtype, True)))
         for direction in ("forward", "forward+backward"):
             name = f"rotary/attention/{direction}/{shape_name(FULL)}/{dtype}"
             title = f"attention with rotary, {direction}, {FULL}"
             limit = 5 if direction == "forward" else None
             figures = slowdown("no rotary", limit), speedup("SDPA"), percent_of_peak()
-            setup = _setup(attention_work, direction, dtype)
+            setup = partial(attention_work, direction, dtype)
             cases.append(Case(name, "rotary", title, dtype, figures, setup, peak=dtype))
     return [dataclasses.replace(case, op="rotary") for case in cases]

@@ -18,6 +18,7 @@ if backends.TRITON and not backends.HAS_GPU:
     from support import triton_interpreter
 
 SESSION_SEED = int(os.environ.get("PYEXT_TEST_SEED") or random.SystemRandom().randrange(2**31))
+os.environ["PYEXT_TEST_SEED"] = str(SESSION_SEED)  # for the workers of pytest-xdist, which must choose the same cases
 M_PERTURB, FRESH_BYTES = -6, 0x01  # glibc fills fresh memory with the complement, 0xFE: -1.7e38 in fp32, NaN in fp16
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,3 +99,13 @@ def test_rule_rejects(damage, dtype, session_seed):
         DAMAGE[damage](broken)
         with pytest.raises(AssertionError, match=name):
             assert_close_to_reference(broken, reference[name], eager[name], name=name)
+
+
+def test_workers_choose_the_same_cases():
+    """Without a seed given, too: pytest-xdist refuses to run workers that collected different tests."""
+    ours = ("PYEXT_TEST_SEED", "PYTEST_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/test_bias.py", "-k", "refused or triton"]
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -9,8 +9,7 @@ from torch import Tensor
 from .._primitives import AttentionProblem
 from ._attention_autotune import chosen
 from ._attention_configs import WIDTHS, Config, kind_of
-from ._attention_plan import padded, with_bands
-from ._attention_tile import Problem
+from ._attention_plan import padded
 from ._launch import ARCHITECTURES, architecture
 
 
@@ -132,7 +131,6 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
 }
 #: Of the interpreter: a tile takes it milliseconds whatever its size, and registers do not matter.
 INTERPRETED = {"queries": Config(64, 64, 4, 2), "keys": Config(32, 64, 4, 2), "sums": Config(64, 64, 4, 2)}
-BANDED = 256  # queries from which on it pays to look for what a strip is in each band of distances
 
 
 def _kind(problem: AttentionProblem) -> str:
@@ -154,13 +152,6 @@ def tile_of(kernel: str, problem: AttentionProblem) -> Config:
         kind = "pairs"
     config = BACKWARD_CONFIGS[kernel, kind, query.element_size()][architecture(query.device)][column]
     return chosen(kernel, config._replace(warps=8) if odd else config)
-
-
-def banded(problem: AttentionProblem, p: Problem, tile: Config) -> Problem:
-    """The problem, with what the strip is in the bands of these tiles, where that pays."""
-    if p.diag is None or p.starts_q is not None or problem.query.shape[2] < BANDED:
-        return p
-    return with_bands(p, tile.rows, tile.columns)
 
 
 def widths(problem: AttentionProblem) -> dict[str, int]:

@@ -13,6 +13,7 @@ from ._launch import DTYPES, check, power_of_two, readable
 WIDEST = 256  # head dimension
 LONGEST = 2**29  # sequence; numbers of queries and keys, and their sums, are int32 in the kernels
 MOST_SEQUENCES = 2**21  # of a packed call
+BANDED = 256  # queries from which on it pays to look for what a strip is in each band of distances
 _LARGEST = 2**31 - 1  # programs of a launch
 
 
@@ -225,8 +226,11 @@ def _bands_kernel(
 
 
 def with_bands(p: Problem, rows: int, columns: int) -> Problem:
-    """The problem, which is not packed and has a strip, with what the strip is in each band of distances that a tile
-    touches: (value at its first query and key, slope by distance), the slope NaN where it is not affine to fp32."""
+    """The problem with what the strip is in each band of distances that a tile touches: (value at its first query and
+    key, slope by distance), the slope NaN where it is not affine to fp32. As it is where that does not pay, where
+    there is no strip, and if it is packed."""
+    if p.diag is None or p.starts_q is not None or p.queries < BANDED:
+        return p
     step = min(rows, columns)
     first = triton.cdiv(p.queries, rows) * rows // step
     count = first + triton.cdiv(p.keys, columns) * columns // step

@@ -39,7 +39,6 @@ from ._attention_tile import (
 )
 from ._launch import on, power_of_two
 
-BANDED = 256  # queries from which on it pays to look for what a strip is in each band of distances
 LEAST_KEYS = 256  # of a program that takes a part of the keys
 MERGED = 16  # rows of a program of the merge
 
@@ -312,7 +311,7 @@ def _launch(problem: AttentionProblem, p: Problem, out: Tensor, lse: Tensor) -> 
     strides = (parts.stride(0) if shape.splits > 1 else 0, *parts.stride()[-4:-1], lse.numel())
     widths = {"VALUE": value, "VALUE_PADDED": padded(value)}
     with on(query.device):
-        if p.diag is not None and p.starts_q is None and shape.heads == 1 and queries >= BANDED:
+        if shape.heads == 1:
             p = with_bands(p, rows, columns)
         _forward_kernel[grid(programs)](
             p, parts, part_lse, scratch, shape.tiles, shape.blocks, shape.splits, *strides,

@@ -15,8 +15,8 @@ from .._primitives import BLOCK, AttentionProblem
 from . import attention_sums
 from ._attention_autotune import tuned
 from ._attention_gradient import add_by_distance, load_keys, load_queries, score_gradients
-from ._attention_gradient_plan import Listing, Rows, banded, scratch_of, tile_of, widths
-from ._attention_plan import grid, like_output, padded, prepared, slots
+from ._attention_gradient_plan import Listing, Rows, scratch_of, tile_of, widths
+from ._attention_plan import grid, like_output, padded, prepared, slots, with_bands
 from ._attention_tile import (
     TABLE_BLOCK,
     Problem,
@@ -431,7 +431,7 @@ def _of_queries(problem: AttentionProblem, p: Problem, upstream: tuple, grads: d
     scratch, band = scratch_of(problem, tile, programs)
     to_rel_query = None if problem.rel_query is None else Rows.of(grads["rel_query"])
     _queries_kernel[grid(programs)](
-        banded(problem, p, tile), *upstream, Rows.of(grads["query"]), to_rel_query, segment, scratch,
+        with_bands(p, tile.rows, tile.columns), *upstream, Rows.of(grads["query"]), to_rel_query, segment, scratch,
         BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip
 
@@ -452,6 +452,7 @@ def _of_keys(problem: AttentionProblem, p: Problem, upstream: tuple, grads: dict
     programs = blocks * batch * kv_heads
     scratch, band = scratch_of(problem, tile, programs)
     _keys_kernel[grid(programs)](
-        banded(problem, p, tile), *upstream, Rows.of(grads["key"]), Rows.of(grads["value"]), reach, listing, scratch,
+        with_bands(p, tile.rows, tile.columns), *upstream, Rows.of(grads["key"]), Rows.of(grads["value"]),
+        reach, listing, scratch,
         BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip

@@ -15,8 +15,8 @@ from torch import Tensor
 from .._primitives import AttentionProblem
 from ._attention_autotune import tuned
 from ._attention_gradient import load_keys, load_queries, look_at_tile, score_gradients, sequence, spread
-from ._attention_gradient_plan import banded, scratch_of, tile_of, widths
-from ._attention_plan import grid
+from ._attention_gradient_plan import scratch_of, tile_of, widths
+from ._attention_plan import grid, with_bands
 from ._attention_tile import Problem, store_rows, whole
 from ._launch import power_of_two
 
@@ -211,7 +211,7 @@ def of_dense(problem: AttentionProblem, p: Problem, upstream: tuple) -> Tensor:
     programs = batches * own_heads * triton.cdiv(rows, tile.rows) * triton.cdiv(keys, tile.columns)
     scratch, band = scratch_of(problem, tile, programs)
     _dense_kernel[grid(programs)](
-        banded(problem, p, tile), *upstream, sums, own_heads, rows,
+        with_bands(p, tile.rows, tile.columns), *upstream, sums, own_heads, rows,
         batch // batches, heads // own_heads, rows < queries, scratch,
         BAND=band, **widths(problem), **tile.options(),
     )  # fmt: skip
@@ -237,7 +237,7 @@ def _strips(problem: AttentionProblem, p: Problem, upstream: tuple, kind: int, b
     programs = groups * heads * bands
     scratch = problem.query.new_empty((programs * 2 * size * size,), dtype=torch.float32)
     _sum_bands_kernel[grid(programs)](
-        banded(problem, p, tile), *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
+        with_bands(p, tile.rows, tile.columns), *upstream, partial, bands, 1 - before, batches, scratch, KIND=kind,
         **widths(problem), **tile.options(),
     )  # fmt: skip
     first = before * size - 1 + smallest  # the first band's smallest difference is 1 - before * size

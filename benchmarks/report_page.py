@@ -70,7 +70,7 @@ def _families(data: dict, folder: Path) -> str:
     intro = "One layer of base size, forward and backward: tokens per second, patched and as published."
     cases = [(re.match(r"systems/(.+)/(\d+)x(\d+)/", r["name"]), r) for r in data["results"] if r["times"]]
     speeds = {
-        (found[1], r["dtype"]): {
+        (f"{found[1]} {found[2]} x {found[3]}", r["dtype"]): {
             who: int(found[2]) * int(found[3]) / t["median_ms"] * 1e3 for who, t in r["times"].items()
         }
         for found, r in cases

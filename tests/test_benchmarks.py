@@ -177,7 +177,7 @@ def test_cases_of_whole_layers_are_right():
     pytest.importorskip("transformers", minversion="5")
     sizes = dict(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0)
     options = dict(sizes, feed_forward_proj="gated-gelu")
-    work = systems_cases.work_of(systems_cases.System("t5", "T5EncoderModel", "T5Config", options, 37), "fp32", 3)
+    work = systems_cases.work_of(systems_cases.System("t5", "T5EncoderModel", "T5Config", options), (2, 37), "fp32", 3)
     assert [contender.name for contender in work.contenders] == ["pyext", "eager", "SDPA"]
     assert harness.check(work)["ok"]
     for contender in work.contenders:
@@ -369,8 +369,8 @@ def test_report_page(tmp_path):
     report_page.write(results(*entries), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for row in (
-        "| t5 | fp32 | 1,024,000 | 341,333 | - | 3.00 | - |",
-        "| t5 | bf16 | 1,024,000 | 256,000 | 341,333 | 4.00 | 3.00 |",
+        "| t5 2 x 512 | fp32 | 1,024,000 | 341,333 | - | 3.00 | - |",
+        "| t5 2 x 512 | bf16 | 1,024,000 | 256,000 | 341,333 | 4.00 | 3.00 |",
         "| 1024 | bf16 | 1.00 | 3.00 | 3.00 |",
         "| 512 | 10 | 70 |",
         "| 16384 | 99 | - |",

@@ -58,14 +58,14 @@ project's tolerance rule, and greedy generation token by token.
 - **error**: largest error of the outputs against fp64, pyext's / eager PyTorch's, over the models of the row in fp32.
 - **gradients**: the largest ratio, over all parameters, of pyext's error to eager's (root mean squares, fp32).
 - **generation**: the kinds of KV cache with which tokens are equal (beams: beam search).
-- **speed**: against eager, one layer of base size, forward + backward, fp32 / bf16, one core (`python -m
-  benchmarks.report out.json --cases systems`).
+- **speed**: against eager, one layer of base size, forward + backward, fp32 / bf16, at so many tokens per sequence, one
+  core (`python -m benchmarks.report out.json --cases systems`).
 
 """
 
 
-def speeds(path: Path) -> dict[tuple[str, str], float]:
-    """(case, dtype) -> how much faster than eager."""
+def speeds(path: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """How much faster than eager: of a case, at a number of tokens, in a dtype."""
     if not path.is_file():
         return {}
     found = {}
@@ -74,7 +74,8 @@ def speeds(path: Path) -> dict[tuple[str, str], float]:
         if group == "systems" and entry["status"] == "ok":
             for figure in entry["figures"]:
                 if figure["name"] == "speed-up over eager" and figure["value"]:
-                    found[rest[0], entry["dtype"]] = figure["value"]
+                    tokens = int(rest[1].partition("x")[2])
+                    found.setdefault(rest[0], {}).setdefault(tokens, {})[entry["dtype"]] = figure["value"]
     return found
 
 
@@ -90,9 +91,9 @@ def row(family: str, records: list, timed: dict) -> str:
     gradients = max(record.gradient for record in fp32)
     speed = []
     for case in FAMILIES[family]:
-        values = [timed.get((case, dtype)) for dtype in ("fp32", "bf16")]
-        if any(values):
-            speed.append(f"{case} " + " / ".join(f"{value:.1f}x" if value else "?" for value in values))
+        for tokens, values in sorted(timed.get(case, {}).items()):
+            ratios = (f"{values[dtype]:.1f}x" if dtype in values else "?" for dtype in ("fp32", "bf16"))
+            speed.append(f"{case} {tokens}: {' / '.join(ratios)}")
     cells = (
         family,
         ", ".join(sorted({record.model.partition(",")[0] for record in records})),

@@ -254,15 +254,19 @@ def check(work: Work) -> dict | None:
     return compare(got, work.truth(torch.float64), work.truth(work.dtype))
 
 
-def checked(case: Case, seed: int) -> tuple[Work, dict | None]:
-    """The case's work and its error report, of a second draw if the first is wrong: the largest of a million errors
-    crosses its limit by chance now and then; a wrong kernel does it each time."""
-    for draw in (seed, seed + 1):
-        work = case.setup(draw)
-        error = check(work)
-        if error is None or error["ok"]:
-            break
-    return work, error
+Found = tuple[int, dict | None]  # the seed of the draw that is to be timed, and the error report
+
+
+def check_case(case: Case, seed: int | None = None) -> Found:
+    """Checks the case, on a second draw if the first is wrong: the largest of a million errors crosses its limit by
+    chance now and then; a wrong kernel does it each time."""
+    seed = case.seed if seed is None else seed
+    with machine_state(case.threads, case.isa):
+        for draw in (seed, seed + 1):
+            error = check(case.setup(draw))
+            if error is None or error["ok"]:
+                break
+    return draw, error
 
 
 # --- Timing ---------------------------------------------------------------------------------------------------------
@@ -379,15 +383,20 @@ def plain_repeat(rotation: Rotation, rounds: int) -> None:
         rotation.own()
 
 
-def run_case(case: Case, budget: float = 3.0, repeat: Repeat = plain_repeat, seed: int | None = None) -> dict:
-    """Checks, then measures one case; returns its JSON entry. `repeat` drives the rounds (pytest-benchmark's hook)."""
-    seed = case.seed if seed is None else seed
+def run_case(
+    case: Case, budget: float = 3.0, repeat: Repeat = plain_repeat, seed: int | None = None, found: Found | None = None
+) -> dict:
+    """Measures one case if it is right; returns its JSON entry.
+
+    `repeat` drives the rounds (pytest-benchmark's hook). `found`: what `check_case` found, where that ran elsewhere.
+    """
     with machine_state(case.threads, case.isa):
         isa = native.isa() if native else ""
         if case.run is not None:
-            measured, error = case.run(seed)
+            measured, error = case.run(case.seed if seed is None else seed)
             return _entry(case, isa, error, measured if error is None or error["ok"] else None)
-        work, error = checked(case, seed)
+        seed, error = check_case(case, seed) if found is None else found
+        work = case.setup(seed)
         if error is not None and not error["ok"]:
             return _entry(case, isa, error, None, notes=work.notes)
         rotation = Rotation(case, work)

@@ -18,9 +18,7 @@ figures: [{name, value, unit, sign, target, met}], error: {ok, worst, tensors}, 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -35,40 +33,27 @@ RESULTS = ROOT / "benchmarks" / "results"
 # --- Running and reading --------------------------------------------------------------------------------------------
 
 
-def selected(pattern: str, threads: int) -> list:
-    from . import attention_cases, glu_cases, length_cases, mask_cases, moe_cases, relative_cases, rotary_cases
-    from . import systems_cases as systems
-
-    rooms = attention_cases, relative_cases, mask_cases, rotary_cases, glu_cases, moe_cases, length_cases, systems
-    cases = [case for room in rooms for case in room.all_cases()]
-    cases = [case for case in cases if re.search(pattern, case.name)]
-    if not cases:
-        raise SystemExit(f"--cases {pattern!r} matches none of the cases; see --list")
-    if threads != 1:  # the two-thread cases say themselves how many they take
-        cases = [dataclasses.replace(c, threads=threads) if c.threads == 1 else c for c in cases]
-    return cases
-
-
 def run(pattern: str, threads: int, budget: float, seed: int | None) -> dict:
-    from .harness import machine_facts, run_case
+    from . import every_case
+    from .harness import machine_facts
 
     results = []
-    with tqdm(selected(pattern, threads), unit="case", disable=None) as bar:
+    with tqdm(every_case.selected(pattern, threads), unit="case", disable=None) as bar:
         for case in bar:
             bar.set_description(case.name)
-            results.append(run_case(case, budget, seed=seed))
+            results.append(every_case.run_apart(case.name, threads, budget, seed))
             bar.write(summary(results[-1]), file=sys.stderr)
     return {"schema": SCHEMA, "machine": machine_facts(threads), "results": results}
 
 
 def check_only(pattern: str, threads: int, seed: int | None) -> int:
     """Prints the error of every case's tensors; returns how many cases are wrong."""
-    from .harness import checked, machine_state
+    from .every_case import selected
+    from .harness import check_case
 
     wrong = 0
     for case in tqdm([c for c in selected(pattern, threads) if c.setup], unit="case", disable=None):
-        with machine_state(case.threads, case.isa):
-            _, error = checked(case, case.seed if seed is None else seed)
+        _, error = check_case(case, seed)
         if error is None:
             continue
         wrong += not error["ok"]
@@ -277,6 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-docs", action="store_true", help="print the table, write no docs")
     args = parser.parse_args(argv)
     if args.list:
+        from .every_case import selected
+
         print("\n".join(case.name for case in selected(args.cases, 1)))
         return 0
     if args.compare:

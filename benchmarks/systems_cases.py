@@ -150,8 +150,11 @@ def work_of(system: System, size: tuple[int, int], dtype: str, seed: int) -> Wor
 
     def results(net: torch.nn.Module, to: torch.dtype) -> Tensors:
         net = net.to(to)
-        if to == torch.float64 and hasattr(net.config, "num_local_experts"):
-            net.set_experts_implementation("eager")  # grouped_mm knows no fp64
+        if to == torch.float64:
+            if hasattr(net.config, "num_local_experts"):
+                net.set_experts_implementation("eager")  # grouped_mm knows no fp64
+            for router in (module for module in net.modules() if hasattr(module, "jitter_noise")):
+                router.dtype = to  # Switch's computes in a dtype of its own, fp32
         out = both_ways(net, short, little.to(to))()
         grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None and p.dim() > 1}
         return {"out": out, **{f"grad_{name}": grads[name] for name in sorted(grads)[:6]}}

@@ -17,6 +17,7 @@ import pyext  # noqa: E402
 from benchmarks import (  # noqa: E402
     attention_cases,
     compare,
+    every_case,
     glu_cases,
     harness,
     length_cases,
@@ -114,6 +115,13 @@ def test_a_right_result_is_measured():
     json.dumps(entry)
 
 
+def test_a_case_in_processes_of_its_own():
+    """Checked in one, timed in another; the numbers of threads are the case's there, too."""
+    entry = every_case.run_apart("overhead/1x1x4x8/fp32", threads=2, budget=0.01, seed=3)
+    assert entry["status"] == "ok" and entry["error"]["ok"] and entry["threads"] == 2
+    assert set(entry["times"]) == {"pyext", "SDPA"}
+
+
 def test_a_wrong_result_has_no_speed():
     entry = harness.run_case(small_case(wrong=1e-2), budget=0.01)
     assert entry["status"] == "wrong"
@@ -146,7 +154,7 @@ def test_machine_state_is_put_back():
 
 
 def test_case_names_are_unique_and_drawn():
-    names = [case.name for case in report.selected("", threads=1)]
+    names = [case.name for case in every_case.selected("", threads=1)]
     assert len(names) == len(set(names))
     assert {f"{name}/{dtype}" for name, _ in report.BARS for dtype in ("fp32", "bf16")} <= set(names)
 

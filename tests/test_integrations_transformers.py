@@ -149,18 +149,17 @@ FUNCTIONS = {
 }
 
 
+def of_cache(kind):
+    """(queries, keys, the first one's position, and this one's)."""
+    sizes = {"no": (13, 13, 0, 0), "grown": (5, 13, 8, 0), "sliding": (3, 7, 10, 6), "static": (4, 20, 6, 0)}
+    return (4, 20, torch.tensor(6), 0) if kind == "static tensor" else sizes[kind]
+
+
 @pytest.mark.parametrize("tokens_are", ["all there", "right", "left", "gaps", "none"])
 @pytest.mark.parametrize("cache", ["no", "grown", "static", "static tensor", "sliding"])
 @pytest.mark.parametrize("kind", list(FUNCTIONS))
 def test_masks_are_transformers_own(kind, cache, tokens_are):
-    queries, keys, first_query, first_key = 13, 13, 0, 0
-    if cache == "grown":
-        queries, first_query = 5, 8
-    elif cache.startswith("static"):
-        queries, keys = 4, 20
-        first_query = torch.tensor(6) if cache == "static tensor" else 6
-    elif cache == "sliding":
-        queries, keys, first_query, first_key = 3, 7, 10, 6
+    queries, keys, first_query, first_key = of_cache(cache)
     there = {
         "all there": torch.ones(2, 13, dtype=torch.bool),
         "right": torch.arange(13) < torch.tensor([[13], [9]]),
@@ -187,6 +186,42 @@ def test_packed_sequences(kind):
     mask = ours.model_mask(**call)
     assert isinstance(mask, pyext.masks.Mask)
     assert torch.equal(seen(mask, 13, 13, 2), masking.sdpa_mask(**call, allow_is_causal_skip=False))
+
+
+@pytest.mark.parametrize(
+    "kind, cache",
+    [
+        ("window", "no"), ("window", "static tensor"), ("window of both sides", "grown"), ("chunks", "sliding"),
+        ("packed causal", "no"), ("packed window", "no"), ("packed full", "no"),
+    ],
+)  # fmt: skip
+def test_masks_of_compiled_models(kind, cache):
+    """Functions that are joined inside of a graph cannot be read there, and yet become masks, not tensors."""
+    queries, keys, first_query, first_key = of_cache(cache)
+    there = None if kind.startswith("packed") else torch.arange(13) < torch.tensor([[13], [9]])
+
+    def call(packed, positions, padding, there):
+        if kind.startswith("packed"):
+            made = FUNCTIONS[kind.split()[1]]()
+            made = masking.packed_sequence_compatibility_function(made, positions, packed)
+        elif kind == "chunks":
+            made = masking.chunked_causal_mask_function(5, padding)
+        else:
+            made = FUNCTIONS[kind]()
+        return dict(
+            batch_size=2, q_length=queries, kv_length=keys, q_offset=first_query, kv_offset=first_key,
+            mask_function=made, attention_mask=there, use_vmap=False,
+        )  # fmt: skip
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(*tensors):
+        mask = ours.model_mask(**call(*tensors))
+        assert not isinstance(mask, torch.Tensor)
+        return seen(mask, queries, keys, 2)
+
+    tensors = PACKED, POSITIONS, LEFT_PADDING, there
+    wanted = masking.sdpa_mask(**call(*tensors), allow_is_causal_skip=False).expand(2, 1, queries, keys)
+    assert torch.equal(compiled(*tensors), wanted)
 
 
 def test_other_functions_become_tensors():

@@ -141,13 +141,47 @@ def read(mask_function: Callable) -> Rules | None:
         return Rules(right=0)
     if mask_function is masking_utils.bidirectional_mask_function:
         return Rules()
-    if torch.compiler.is_compiling():  # closures do not trace
+    if torch.compiler.is_compiling():  # closures do not trace: see `_found_by_search`
         return None
     code = getattr(mask_function, "__code__", None)
     if code not in _BY_CODE:
         return None
     made_of = {name: cell.cell_contents for name, cell in zip(code.co_freevars, mask_function.__closure__ or ())}
     return _BY_CODE[code](**made_of)
+
+
+_AND = masking_utils.and_masks().__code__
+#: All makers of mask functions that Transformers has. Except for blocks, which `or_masks` adds last, they allow an
+#: interval of keys around each query. A release with another one might join that to them.
+_KNOWN = {
+    "add_offsets_to_mask_function", "bidirectional_mask_function", "blockwise_overlay", "causal_mask_function",
+    "chunked_causal_mask_function", "chunked_overlay", "packed_sequence_compatibility_function",
+    "packed_sequence_mask_function", "padding_mask_function", "sliding_window_bidirectional_mask_function",
+    "sliding_window_bidirectional_overlay", "sliding_window_causal_mask_function", "sliding_window_overlay",
+}  # fmt: skip
+_ALL_KNOWN = {name for name in dir(masking_utils) if name.endswith(("_overlay", "_function"))} <= _KNOWN
+
+
+def _is_around(mask_function: Callable, use_vmap: bool | None) -> bool:
+    """Whether it is joined of Transformers' own; `use_vmap` tells of functions that a model brings."""
+    return _ALL_KNOWN and use_vmap is False and getattr(mask_function, "__code__", None) is _AND
+
+
+def _searched(mask_function, batch, queries, keys, first_query, first_key, device) -> Span:
+    """What a mask function allows that cannot be read but is an interval of keys around each query. Where it begins and
+    ends is found by halving: each step calls the function with one key for each query."""
+    b = torch.arange(batch, device=device)[:, None]
+    q = (torch.arange(queries, device=device) + first_query).expand(batch, -1)
+    own = q.clamp(first_key, first_key + keys - 1)
+    low, first = torch.full_like(q, first_key), own  # keys from `first` to `own` are seen, those before `low` are not
+    last, high = own, torch.full_like(q, first_key + keys - 1)
+    for _ in range((keys - 1).bit_length()):
+        before, behind = (low + first) // 2, (last + high + 1) // 2
+        seen = mask_function(b, 0, q, before)
+        low, first = torch.where(seen, low, torch.minimum(before + 1, first)), torch.where(seen, before, first)
+        seen = mask_function(b, 0, q, behind)
+        last, high = torch.where(seen, behind, last), torch.where(seen, high, torch.maximum(behind - 1, last))
+    return Span(first - first_key, last + (1 - first_key))
 
 
 def model_mask(
@@ -171,24 +205,27 @@ def model_mask(
         device: of the call.
         **options: what other implementations look at.
     Returns:
-        a `pyext.masks` object where mask_function is made of causality, windows, chunks and packed sequences; else a
-        bool tensor (B, 1, Lq, Lk).
+        a `pyext.masks` object where mask_function is made of causality, windows, chunks and packed sequences, compiled
+        or not; else a bool tensor (B, 1, Lq, Lk).
     """
     if isinstance(attention_mask, _masks.Mask):
         return attention_mask
-    rules = read(mask_function)
-    if getattr(options.get("config"), "model_type", None) in _COMPUTE_WITH_MASKS:
-        rules = None
-    if rules is None:
+    structured = getattr(options.get("config"), "model_type", None) not in _COMPUTE_WITH_MASKS
+    rules = read(mask_function) if structured else None
+    sizes = q_length, kv_length, q_offset, kv_offset, device
+    if rules is not None:
+        parts = [_positions(rules, *sizes)]
+    elif structured and torch.compiler.is_compiling() and _is_around(mask_function, options.get("use_vmap")):
+        parts = [_searched(mask_function, batch_size, *sizes)]
+    else:
         options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         return masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device,
             **options,
         )  # fmt: skip
-    parts = [_positions(rules, q_length, kv_length, q_offset, kv_offset, device)]
-    if rules.documents is not None:
+    if rules is not None and rules.documents is not None:
         parts.append(_masks.documents(rules.documents))
-    gapless = rules.documents is None
+    gapless = rules is not None and rules.documents is None
     if attention_mask is not None:
         tokens = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         there, side_by_side = _padding(tokens[:, kv_offset : kv_offset + kv_length])

@@ -44,7 +44,8 @@ Made by `python -m benchmarks.report --run` on {where},
 torch {machine["torch"]}, {machine["created"]}: {len(results)} cases, {wrong} of them wrong;
 {sum(m is True for m in met)} of {len(met)} targets met. All cases with their errors: [benchmarks.md](benchmarks.md).
 
-Contenders of a case take turns in one loop; times are medians; every result was compared with fp64 first.
+Contenders of a case take turns in one loop, in a process of their own; times are medians; every result was compared
+with fp64 first, in another process.
 `python -m benchmarks.report --compare old.json new.json --tolerance 0.1` compares two runs, and its exit status says
 whether anything got worse.
 """

@@ -1,6 +1,7 @@
 """The benchmark harness: its arithmetic, its error rule; a wrong result has no speed. No timing is asserted."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -193,8 +194,12 @@ def test_cases_of_whole_layers_are_right():
 
 
 def test_cases_of_mixtures_are_right(monkeypatch):
-    for name, shape in (("ROUTED", (50, 24, 3)), ("MOVED", (40, 33, 5, 2))):
+    layers = (40, 64, 96, 5, 2), (24, 64, 96, 12, 3)
+    small = {"ROUTED": (50, 24, 3), "MOVED": (40, 33, 5, 2), "LAYERS": layers, "ONE_TOKEN": (1, 64, 96, 5, 2)}
+    for name, shape in small.items():
         monkeypatch.setattr(moe_cases, name, shape)
+    targets = dict.fromkeys(itertools.product(layers, ("fp32", "bf16")), (1.0, 1.0))
+    monkeypatch.setattr(moe_cases, "TIMES", targets)
     for case in moe_cases.all_cases():
         work = case.setup(case.seed)
         assert harness.check(work)["ok"], case.name

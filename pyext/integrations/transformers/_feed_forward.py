@@ -175,20 +175,34 @@ def _switch_layer(self, hidden_states):
 
 
 def _switch_experts(self, hidden_states, routing, routing_weights):
-    """`SwitchTransformersExperts.forward`: the experts' matrices side by side, all tokens at once."""
+    """`SwitchTransformersExperts.forward`."""
     layers = [self[f"expert_{n}"] for n in range(self.num_experts)]
-    if not is_plain(*(projection for layer in layers for projection in (layer.wi, layer.wo))):
+    if not _are_plain(layers, "wi", "wo"):
         chosen = routing.expert_index[..., None] == torch.arange(self.num_experts, device=hidden_states.device)
         weights = routing.weights.to(hidden_states.dtype)
         return self._pyext_original.forward(self, hidden_states, chosen.long(), weights)
+    return _side_by_side(layers, "wi", "wo", hidden_states, routing)
+
+
+def _are_plain(layers: list[nn.Module], up: str, down: str) -> bool:
+    return is_plain(*(getattr(layer, name) for layer in layers for name in (up, down)))
+
+
+def _side_by_side(layers: list[nn.Module], up: str, down: str, x: Tensor, routing: Routing) -> Tensor:
+    """Experts that are modules of their own: their matrices together, all tokens at once."""
+    (w_up, b_up), (w_down, b_down) = (_stacked([getattr(layer, name) for layer in layers]) for name in (up, down))
     first = layers[0]
-    activation = activation_name(first.act)
-    up, down = (torch.stack([getattr(layer, name).weight for layer in layers]) for name in ("wi", "wo"))
-    if not (first.training and first.dropout.p > 0) and up.dtype == down.dtype:
-        return _moe.forward(hidden_states, routing, up, down, activation)
-    inner = _moe.grouped_linear(_moe.dispatch(hidden_states, routing), up, routing.offsets)
-    inner = first.dropout(first.act(inner)).to(down.dtype)
-    return _moe.combine(_moe.grouped_linear(inner, down, routing.offsets), routing).to(hidden_states.dtype)
+    activation, drops = activation_name(first.act), first.training and first.dropout.p > 0
+    if activation is not None and not drops and w_up.dtype == w_down.dtype:
+        return _moe.forward(x, routing, w_up, w_down, activation, b_up, b_down)
+    inner = _moe.grouped_linear(_moe.dispatch(x, routing), w_up, routing.offsets, b_up)
+    inner = first.dropout(first.act(inner)).to(w_down.dtype)
+    return _moe.combine(_moe.grouped_linear(inner, w_down, routing.offsets, b_down), routing).to(x.dtype)
+
+
+def _stacked(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    biases = None if layers[0].bias is None else torch.stack([layer.bias for layer in layers])
+    return torch.stack([layer.weight for layer in layers]), biases
 
 
 def switch(module: nn.Module, cls: type) -> dict[str, Callable] | str | None:
@@ -204,25 +218,29 @@ def switch(module: nn.Module, cls: type) -> dict[str, Callable] | str | None:
     return None
 
 
-def nllb(module: nn.Module, cls: type) -> str | None:
-    """NLLB's mixture of experts stays: this release sends every token to its first two experts, whatever is chosen.
-
-    `NllbMoeExperts.forward` makes one-hot vectors of a mask of zeros and ones, as if these were indices of experts.
-    """
-    if cls.__name__ != "NllbMoeSparseMLP":
-        return None
-    return "its experts read the router's mask of zeros and ones as indices; pyext.nn.MoE(policy='gshard') is the layer"
+def _nllb_experts(self, hidden_states, router_mask, router_probs):
+    """`NllbMoeExperts.forward`, which reads the router's mask of zeros and ones as numbers of experts: column j sends a
+    token to expert router_mask[:, j] with weight router_probs[:, j]. So all tokens go to the first two."""
+    layers = [self[f"expert_{n}"] for n in range(2)]
+    if not _are_plain(layers, "fc1", "fc2") or (self.training and self.moe_token_dropout > 0):
+        return self._pyext_original.forward(self, hidden_states, router_mask, router_probs)
+    weights = torch.stack([(router_probs * (router_mask == n)).sum(1) for n in range(2)], dim=1)
+    both = torch.arange(2, device=hidden_states.device).expand(len(hidden_states), 2)
+    out = _side_by_side(layers, "fc1", "fc2", hidden_states, routing_of(both, weights, 2))
+    return out * (1 - self.moe_token_dropout) if self.moe_token_dropout > 0 else out
 
 
 def _nllb_layer(self, hidden_states, padding_mask=None):
-    """`NllbMoeSparseMLP.forward`, whose router reads padding from the last row of the mask, nonzero = hidden."""
+    """`NllbMoeSparseMLP.forward`. Its router reads padding from the last row of the mask, nonzero = hidden."""
     if isinstance(padding_mask, ModelMask):
         padding_mask = ~padding_mask.last_row(hidden_states.device)
     return self._pyext_original.forward(self, hidden_states, padding_mask)
 
 
-def nllb_router(module: nn.Module, cls: type) -> dict[str, Callable] | None:
-    """The methods of the layer around NLLB's router."""
+def nllb(module: nn.Module, cls: type) -> dict[str, Callable] | None:
+    """The methods of NLLB's mixture of experts and of the layer around it; the router, a few sums, stays."""
+    if cls.__name__ == "NllbMoeExperts" and module.num_experts > 1:
+        return {"forward": _nllb_experts}
     return {"forward": _nllb_layer} if cls.__name__ == "NllbMoeSparseMLP" else None
 
 

@@ -19,7 +19,6 @@ _RULES: tuple[tuple[str, Callable], ...] = (
     ("gated feed-forward", _feed_forward.gated),
     ("mixture of experts", _feed_forward.switch),
     ("mixture of experts", _feed_forward.nllb),
-    ("mask of the router", _feed_forward.nllb_router),
     ("activation", _feed_forward.bloom_gelu),
     ("linear", _linear.plain_linear),
 )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pyext
 from pyext.ops import _passes
 from support import backends, layouts
 from support.cases import DTYPES, Case, compare, expected, run
+from support.examples import examples
 from support.parts import (
     Shape,
     alibi,
@@ -45,8 +46,6 @@ from support.parts import (
 )
 
 BROADCASTS = ("bhqk", "b1qk", "1hqk", "11qk", "bh1k", "b11k", "1h1k", "111k", "bhq1", "b111", "1111", "hqk", "qk", "1k")
-OPTIONS = dict(deadline=None, derandomize=False, database=None, print_blob=True)
-QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -159,7 +158,7 @@ def cases(draw):
     )
 
 
-@settings(max_examples=150, suppress_health_check=QUIET, **OPTIONS)
+@examples(150)
 @given(
     which=cases(),
     dtype=st.sampled_from(DTYPES),
@@ -186,7 +185,7 @@ def packed_calls(draw):
     return sequences, bias, mask, left, right
 
 
-@settings(max_examples=60, suppress_health_check=QUIET, **OPTIONS)
+@examples(60)
 @given(
     call=packed_calls(),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (3, 3)]),

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pyext
 from support import backends
 from support.cases import DTYPES, dtype_name
+from support.examples import examples
 from support.gated import ACTIVATIONS, Layer, check, draw, run, with_gradients
 
 OP = "gated_mlp"
@@ -54,13 +55,7 @@ def test_empty(which, dtype, backend, session_seed):
     check(which, dtype, backend, session_seed)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(60)
 @given(
     which=st.builds(
         Layer,

@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pyext
 from support import backends, layouts
 from support.cases import DTYPES, dtype_name
+from support.examples import examples
 from support.gated import ACTIVATIONS, FORMS, Unit, check, draw, run
 
 OP = "geglu"
@@ -41,13 +42,7 @@ def test_empty(which, backend, session_seed):
     assert got["out"].shape == which.shape and got["grad gate"].shape == drawn.leaves[0].shape
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(100)
 @given(
     which=st.builds(
         Unit,

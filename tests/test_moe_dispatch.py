@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pyext
 from pyext._primitives import acc_dtype
 from support import backends, layouts
 from support.cases import DTYPES, dtype_name, on_threads
+from support.examples import examples
 from support.tolerance import assert_close_to_reference
 
 OP = "moe.dispatch"
@@ -122,13 +123,7 @@ def test_results_beyond_the_caches(tokens, width, choices, dtype, cpu, session_s
     check((tokens, width, 8, choices), dtype, cpu, session_seed, capacity_factor=0.9, threads=2)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(60)
 @given(
     sizes=st.tuples(st.integers(0, 20), st.integers(0, 70), st.integers(2, 9), st.integers(1, 2)),
     policy=st.sampled_from(["softmax_topk", "sigmoid", "expert_choice"]),

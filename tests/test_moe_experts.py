@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pyext
@@ -12,6 +12,7 @@ from pyext import _checks, _dispatch
 from pyext._primitives import EXPERT_ACTIVATIONS
 from support import backends, moe
 from support.cases import DTYPES, dtype_name, on_threads
+from support.examples import examples
 from support.expert_layers import check, gradients, layer, routed, routed_by, whole
 
 OP = "moe.forward"
@@ -194,13 +195,7 @@ def problems(draw):
     return sizes, options, k, policy, draw(st.sampled_from([None, 0.3, 1.0])), draw(st.integers(0, 2**31 - 1))
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(60)
 @given(problem=problems(), threads=st.sampled_from([1, 2]))
 def test_fuzz(problem, threads):
     sizes, options, k, policy, factor, seed = problem

@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import pyext
 from pyext._primitives import POLICIES
 from support import backends, moe
 from support.cases import on_threads
+from support.examples import examples
 from support.moe import Case, check
 
 OP = "moe.route"
@@ -99,13 +100,7 @@ def routings(draw):
     )
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+@examples(150)
 @given(case=routings(), seed=st.integers(0, 2**31 - 1))
 def test_fuzz(case, seed):
     for backend in backends.of(OP):

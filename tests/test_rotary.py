@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import pyext
 from support import backends, layouts, rotary
 from support.cases import DTYPES, dtype_name
+from support.examples import examples
 from support.rotary import POSITIONS, TABLES, Case, check, draw, run
 
 OP = "rotary"
@@ -85,13 +86,7 @@ def cases(draw):
     )
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(150)
 @given(which=cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31 - 1), threads=st.sampled_from([1, 2]))
 def test_any_call(which, dtype, seed, threads):
     for backend in backends.of(OP):

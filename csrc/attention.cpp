@@ -80,10 +80,11 @@ struct Arguments {
   // Of what the kernels on a GPU read. They refuse what they do not know.
   void check_device() const {
     STD_TORCH_CHECK(same_device(query, key) && same_device(query, value), "query, key and value must share a device");
-    for (const MaybeTensor* t : {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_k, &rel_index})
+    for (const MaybeTensor* t : {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_k, &rel_index, &segment,
+                                 &segment_q, &segment_k})
       STD_TORCH_CHECK(!*t || same_device(query, **t), "biases and masks must be on the device of query");
-    for (const MaybeTensor* t : {&dense, &segment, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
-      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals, diagonal biases and relative rows only");
+    for (const MaybeTensor* t : {&dense, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
+      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals, diagonal biases, relative rows and segments only");
   }
 
   static int64_t strip_length(const AttentionProblem& p) { return p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1; }
@@ -340,9 +341,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       [&](auto stream) {
         const int64_t bytes = compute_capability(a.query) == 90 ? pyext_cuda_attention_backward_sm90_workspace(p) : -1;
         const bool hopper = bytes >= 0;
-        const Tensor memory = workspace(a.query, hopper ? bytes : pyext_cuda_attention_backward_workspace(p));
+        const bool relative = p.rel_index != nullptr;
+        const Tensor memory = workspace(a.query, hopper     ? bytes
+                                                 : relative ? pyext_cuda_attention_relative_backward_workspace(p)
+                                                            : pyext_cuda_attention_backward_workspace(p));
         p.workspace = memory.mutable_data_ptr();
-        return hopper ? pyext_cuda_attention_backward_sm90(p, stream) : pyext_cuda_attention_backward(p, stream);
+        return hopper     ? pyext_cuda_attention_backward_sm90(p, stream)
+               : relative ? pyext_cuda_attention_relative_backward(p, stream)
+                          : pyext_cuda_attention_backward(p, stream);
       });
   return {grad_query,     grad_key,   grad_value, grad_dense,   grad_diag,
           grad_rel_query, grad_rel_q, grad_rel_k, grad_segment, grad_sinks};

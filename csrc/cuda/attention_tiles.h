@@ -19,15 +19,16 @@ PYEXT_DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
 template <class T, int width>
 struct SharedTile {
+  using Element = T;
   T* data;
   PYEXT_DEVICE T* at(int row, int column) const { return data + row * (width + 8) + column; }
 };
 template <int width>
-constexpr int tile_elements(int rows) {
+__host__ __device__ constexpr int tile_elements(int rows) {
   return rows * (width + 8);
 }
 
-// Starts the copy of `rows` rows from row `first` on; zeros beyond row `count` and beyond `columns`.
+// Starts the copy of `rows` rows from row `first` on; zeros for rows outside of [0, count) and beyond `columns`.
 template <int threads, int rows, class T, int width>
 PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, int64_t row_stride, int64_t first,
                             int64_t count, int64_t columns) {
@@ -36,17 +37,16 @@ PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, i
 #pragma unroll 1  // addresses of several chunks at once would cost the registers that products need
   for (int n = 0; n < rows * chunks / threads; ++n) {
     const int i = n * threads + threadIdx.x, row = i / chunks, column = i % chunks * 8;
-    const bool valid = first + row < count && column < columns;
+    const bool valid = uint64_t(first + row) < uint64_t(count) && column < columns;
     ptx::cp_async(tile.at(row, column), matrix + (valid ? (first + row) * row_stride + column : 0), valid);
   }
 }
 
 // --- Products ---
 
-// sum += a b^T for 16 M rows of a from `a_row` on and the first 8 N rows of b.
-template <int M, int N, class T, int width>
-PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row,
-                                      const SharedTile<T, width>& b) {
+// sum += a b^T for 16 M rows of a from `a_row` on and the first 8 N rows of b, a tile or what else has rows.
+template <int M, int N, class T, int width, class Rows>
+PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row, const Rows& b) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 2  // all at once, and the fragments of later steps would cost the registers of the sums
   for (int k = 0; k < width; k += 16) {
@@ -80,14 +80,14 @@ PYEXT_DEVICE void as_left(uint32_t (&left)[M][N / 2][4], const float (&sum)[M][N
 }
 
 // sum += left b for the first 16 K rows of b.
-template <int M, int K, class T, int width>
-PYEXT_DEVICE void multiply(float (&sum)[M][width / 8][4], const uint32_t (&left)[M][K][4],
-                           const SharedTile<T, width>& b) {
+template <int M, int K, int J, class Rows>
+PYEXT_DEVICE void multiply(float (&sum)[M][J][4], const uint32_t (&left)[M][K][4], const Rows& b) {
+  using T = typename Rows::Element;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
 #pragma unroll
-    for (int j = 0; j < width / 8; j += 2) {
+    for (int j = 0; j < J; j += 2) {
       uint32_t right[4];
       ptx::ldmatrix_transposed(right, b.at(16 * k + lane % 16, 8 * j + lane / 16 * 8));
 #pragma unroll
@@ -291,6 +291,49 @@ PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, co
   }
 }
 
+// --- Segments ---
+
+// s += log2(e) segment(query, same or not), s in units of log2. Rows are queries from the lane's first one, `row`, on,
+// and columns keys from `first_column` on, or the other way round. Bit 4 j + e of the result: s[0][j][e] is of a query
+// and a key of the same segment. `pair`: of batch entry and head.
+template <bool rows_are_keys, int N>
+PYEXT_DEVICE uint32_t add_segments(float (&s)[1][N][4], const AttentionProblem& p, int64_t pair, int64_t row,
+                                   int64_t first_column) {
+  const int64_t batch = pair / p.heads;
+  const float* scores = static_cast<const float*>(p.segment) + 2 * pair * p.q_len;
+  const int32_t *of_queries = p.segment_q + batch * p.segment_q_batch, *of_keys = p.segment_k + batch * p.segment_k_batch;
+  const auto id = [&](bool is_key, int64_t at) {
+    return 0 <= at && at < (is_key ? p.k_len : p.q_len) ? (is_key ? of_keys : of_queries)[at] : 0;
+  };
+  const auto score = [&](int64_t query, int same) { return query < p.q_len ? scores[2 * query + same] * kLog2e : 0.0f; };
+  int row_ids[2];
+  float row_scores[2][2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    row_ids[half] = id(rows_are_keys, row + 8 * half);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) row_scores[half][k] = rows_are_keys ? 0.0f : score(row + 8 * half, k);
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t column = first_column + 8 * j + lane_column() + e;
+      const int column_id = id(!rows_are_keys, column);
+      const float scores_of_column[2] = {rows_are_keys ? score(column, 0) : 0.0f, rows_are_keys ? score(column, 1) : 0.0f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool same = row_ids[half] == column_id;
+        const float different = rows_are_keys ? scores_of_column[0] : row_scores[half][0];
+        s[0][j][2 * half + e] += !same ? different : rows_are_keys ? scores_of_column[1] : row_scores[half][1];
+        bits |= uint32_t(same) << (4 * j + 2 * half + e);
+      }
+    }
+  }
+  return bits;
+}
+
 // --- Softmax ---
 
 // Of 16 M rows so far: exact sums of what one lane holds, relative to the row's highest score. Scores times `scale`,
@@ -353,7 +396,7 @@ struct OnlineSoftmax {
 template <class... Tensors>
 bool fits_tiles(const AttentionProblem& p, const Tensors&... tensors) {
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && has_aligned_rows(p.dtype, tensors...) && !p.dense.data &&
-         !p.segment && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q && p.softcap == 0 &&
+         (!p.segment || p.rel_q.data) && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q && p.softcap == 0 &&
          p.dropout_p == 0;
 }
 

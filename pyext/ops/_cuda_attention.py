@@ -30,7 +30,6 @@ TILES = {
 #: Fields of the problem that the kernels do not know, as a refusal calls them.
 _UNKNOWN = {
     "dense": "a dense bias",
-    "segment": "a segment bias",
     "mask": "a dense mask",
     "block_offsets": "a mask of several ranges of keys per query",
     "sinks": "sinks",
@@ -49,11 +48,11 @@ def limits(problem: tuple) -> str | None:
             return f"its kernels do not know {what}"
     if p.rel_k is not None and p.rel_q is None:
         return "its kernels do not know a bias of relative rows of keys alone"
+    if p.segment is not None and p.rel_q is None:
+        return "its kernels do not know a segment bias without one of relative rows"
     if p.cu_seqlens_q is not None and (p.diag is not None or p.rel_q is not None):
         return "its kernels do not know a bias over packed sequences"
     gradient = _register.is_recorded(problem)
-    if p.rel_q is not None and gradient:
-        return "its kernels have no gradient of a bias of relative rows"
     return _limit_of_sizes(p, gradient)
 
 

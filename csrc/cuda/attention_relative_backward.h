@@ -115,7 +115,6 @@ struct SkewedRows {
   // sum += dS times the band.
   PYEXT_DEVICE void add_gradient(float (&sum)[1][Tile::width / 8][4], const float (&ds)[1][Tile::N][4],
                                  const Band<T, Tile>& band, int entry_of_tile) const {
-    __syncwarp();  // all lanes are done with the tile before
     for_each([&](int row, int column, int j, int e) {
       *gradients.at(row, entry(row, column)) = ptx::from_float<T>(ds[0][j][e]);
     });

@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
     finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
                                 range.covers(tile * columns, tile * columns + columns));
+    if constexpr (!std::is_same<Relative, NoRelativeRows>::value)
+      if (p.segment) add_segments<false>(s, p, pair, int64_t(first) + row, tile * columns);
     softmax.add(s, factor);
     scale_rows(out, factor);
     uint32_t weights[M][N / 2][4];

@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   load_tile<Tile::threads, rows>(keys, rows_of<T>(p.key, batch, kv_head), p.key.row, first_key, p.k_len, p.head_dim);
   load_tile<Tile::threads, rows>(values, rows_of<T>(p.value, batch, kv_head), p.value.row, first_key, p.k_len,
                                  p.value_dim);
+  ptx::cp_async_commit();
   const SkewedRows<T, Tile, true> skewed_rows(pieces.at);
   if (Tile::of_both) skewed_rows.clear();
   const int own = threadIdx.x / 32 * 16;
@@ -249,6 +250,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
                                  p.head_dim);
   load_tile<Tile::threads, rows>(grads, rows_of<T>(p.grad_out, batch, head), p.grad_out.row, first, p.q_len,
                                  p.value_dim);
+  ptx::cp_async_commit();
 
   const int own = threadIdx.x / 32 * 16;
   const int64_t row = int64_t(first) + own + lane_row();
@@ -511,6 +513,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   block.batch = group_batch, block.head = group_head;
   block.load_band(block.band, p.rel_q);
   if (Tile::of_both) block.load_band(block.band_of_keys, p.rel_k);
+  ptx::cp_async_commit();
   w.load_strip<Tile>(block.strip, p, block.head, block.first_distance, Tile::rows);
 
   float of_queries[1][Tile::width / 8][4] = {}, of_keys[1][Tile::width / 8][4] = {}, of_bias = 0;

@@ -64,7 +64,7 @@ struct Band {
 // columns - 1; entry 0 is entry `first` of the tile.
 template <class T, class Tile, bool rows_are_keys>
 struct SkewedRows {
-  static constexpr int pitch = Tile::of_warp + 9, gradient_pitch = Tile::of_warp + 8;
+  static constexpr int pitch = Tile::of_warp + 4, gradient_pitch = Tile::of_warp + 8;  // skewed reads: two in a bank
   static constexpr int bytes = Tile::rows * (int(sizeof(float)) * pitch + 2 * gradient_pitch);
   using Gradients = SharedTile<T, Tile::of_warp>;
   float* products;
@@ -131,7 +131,7 @@ struct SkewedRows {
 // Row r and column c meet at entry c % 16 - r + rows - 1, or where rows are keys at r - c % 16 + 15.
 template <class T, class Tile, bool rows_are_keys>
 struct SkewedColumns {
-  static constexpr int pitch = Tile::of_columns + (rows_are_keys ? 5 : 3);  // skewed reads meet no bank twice
+  static constexpr int pitch = Tile::of_columns + 2;  // skewed reads: two in a bank
   static constexpr int bytes = int(sizeof(float)) * Tile::columns * pitch;
   float* products;
 

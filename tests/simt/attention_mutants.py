@@ -14,6 +14,7 @@ RUNS = [
 ]
 _Forward = functools.partial(Mutant, "attention_sm80")
 _Backward = functools.partial(Mutant, "attention_sm80_backward")
+_Relative = functools.partial(Mutant, "attention_sm80_relative_backward")
 
 MUTANTS = [
     _Forward(
@@ -53,7 +54,7 @@ MUTANTS = [
         "causal",
     ),
     _Forward("windows aligned at the first key", "query + p.k_len - p.q_len;", "query;", "causal"),
-    _Forward("rows past the end are read", "first + row < count && column < columns", "column < columns", "plain"),
+    _Forward("rows past the end are read", "uint64_t(first + row) < uint64_t(count) && column < columns", "column < columns", "plain"),
     _Forward("features past the end are read", "count && column < columns;", "count;", "narrow"),
     _Forward("rows past the end are written", "if (row >= count) continue;", "", "plain"),
     _Forward(
@@ -161,4 +162,77 @@ MUTANTS = [
     ),
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
+    _Forward("scores of segments swapped", "!same ? different", "same ? different", "segments"),
+    _Relative("keys before the first are read", "uint64_t(first + row) < uint64_t(count)", "first + row < count", "both"),
+    _Relative(
+        "a block's keys and values are not waited for",
+        "ptx::cp_async_wait<0>();\n    __syncthreads();  // this step's tiles are there, for all, and all are done with "
+        "the last one's\n    const Step",
+        "__syncthreads();\n    const Step",
+        "relative",
+    ),
+    _Relative("most of a band taken as there", "follows = next.head == step.head && next.block == step.block + 1;", "follows = true;", "grouped"),
+    _Relative("the first band in part", "tile == begin ? 0 : rows", "rows", "relative"),
+    _Relative(
+        "products of queries read too early",
+        "__syncthreads();  // all warps' products are there\n    skewed.add_to(p_t);",
+        "skewed.add_to(p_t);",
+        "relative",
+    ),
+    _Relative(
+        "products of keys read too early",
+        "__syncthreads();  // all warps' products are there\n      skewed_columns",
+        "skewed_columns",
+        "both",
+    ),
+    _Relative("pairs that do not meet left as they were", "  skewed.clear();\n", "", "relative"),
+    _Relative(
+        "dS read before all lanes wrote",
+        "ptx::from_float<T>(ds[0][j][e]);\n    });\n    __syncwarp();",
+        "ptx::from_float<T>(ds[0][j][e]);\n    });",
+        "relative",
+    ),
+    _Relative(
+        "keys skewed by one",
+        "return rows_are_keys ? row - column + Tile::columns - 1",
+        "return rows_are_keys ? row - column + Tile::columns",
+        "both",
+    ),
+    _Relative(
+        "columns of keys skewed by one", "row - column % 16 + 15 : column", "row - column % 16 + 16 : column", "relative"
+    ),
+    _Relative("a square of products left out", "square < squares; square", "square < squares - 1; square", "relative"),
+    _Relative("distances of a head left out", "batches * heads; n += w.parts", "batches * heads - 1; n += w.parts", "shared"),
+    _Relative("distances of the group's first head", "group_head + n % heads", "group_head", "shared"),
+    _Relative(
+        "a block of queries overwritten while others use it",
+        "__syncthreads();  // all are done with the block before",
+        "// the block before",
+        "relative",
+    ),
+    _Relative("masked pairs have gradients", "all = range.covers(", "all = range.meets(", "relative"),
+    _Relative(
+        "gradients of keys of the step before", "if (query < 0 || query >= rows) *key", "if (query < 0) *key", "both"
+    ),
+    _Relative(
+        "other warps' dS of keys read too early",
+        "__syncthreads();  // all warps' dS is there\n    uint32_t",
+        "uint32_t",
+        "both",
+    ),
+    _Relative(
+        "other warps' dS of queries read too early",
+        "__syncthreads();  // all warps' dS is there\n      block",
+        "block",
+        "relative",
+    ),
+    _Relative("a warp without its last step", "first - 15 < Tile::rows", "first + 15 < Tile::rows", "relative"),
+    _Relative(
+        "segments' gradients of two lanes of four", ", both[k] += __shfl_xor_sync(~0u, both[k], 2);", ";", "segments"
+    ),
+    _Relative("one of a row's distances", "found; found &= found - 1", "found; found = 0", "clipped"),
+    _Relative("one of the groups that share a table", "n < groups_b * groups_h * w.parts", "n < w.parts", "segments"),
+    _Relative("shares of a row read too early", "__syncthreads();\n  for (int i = threadIdx.x; i < features", "for (int i = threadIdx.x; i < features", "clipped"),
+    _Relative("the bias's gradient scaled", "p.diag_rows, 1, 1, p.grad_diag", "p.diag_rows, 1, p.scale, p.grad_diag", "shared"),
+    _Relative("too little room for distances", "slots * length * features", "length * features", "shared"),
 ]

@@ -80,11 +80,12 @@ struct Arguments {
   // Of what the kernels on a GPU read. They refuse what they do not know.
   void check_device() const {
     STD_TORCH_CHECK(same_device(query, key) && same_device(query, value), "query, key and value must share a device");
-    for (const MaybeTensor* t : {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_k, &rel_index, &segment,
-                                 &segment_q, &segment_k})
+    for (const MaybeTensor* t :
+         {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_k, &rel_index, &segment, &segment_q, &segment_k})
       STD_TORCH_CHECK(!*t || same_device(query, **t), "biases and masks must be on the device of query");
     for (const MaybeTensor* t : {&dense, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
-      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals, diagonal biases, relative rows and segments only");
+      STD_TORCH_CHECK(!*t,
+                      "the CUDA kernels know windows, intervals, diagonal biases, relative rows and segments only");
   }
 
   static int64_t strip_length(const AttentionProblem& p) { return p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1; }

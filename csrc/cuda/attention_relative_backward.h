@@ -24,8 +24,50 @@ struct RelativeBackward {
   static_assert(columns % 16 == 0 && kStepRows % rows == 0 && rows % columns == 0, "tiles are whole");
 };
 
-// --- Relative rows of neighbouring distances, in a ring ---
+// --- Shared memory ---
 
+// Pieces of a block's shared memory, one after the other.
+struct Pieces {
+  char* at;
+  template <class Element>
+  PYEXT_DEVICE Element* take(int bytes) {
+    Element* const piece = reinterpret_cast<Element*>(at);
+    at += (bytes + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+template <class T>
+PYEXT_DEVICE const T* rows_of(const Input& t, int64_t batch, int64_t head) {
+  return static_cast<const T*>(t.data) + batch * t.batch + head * t.head;
+}
+template <class T>
+PYEXT_DEVICE T* rows_of(const Output& t, int64_t batch, int64_t head) {
+  return static_cast<T*>(t.data) + batch * t.batch + head * t.head;
+}
+
+template <class Tile>
+using RelativeSeen = Visible<Tile::threads, Tile::rows>;
+
+// --- Relative rows of neighbouring distances ---
+
+// Starts the copy of those of `count` distances from `distance` on. Zeros for distances that do not occur, and for rows
+// outside of the table, which nobody can report here.
+template <class T, class Tile, class Rows>
+PYEXT_DEVICE void load_relative(const Rows& to, const AttentionProblem& p, const Input& table, int64_t batch,
+                                int64_t head, int64_t distance, int count) {
+  constexpr int chunks = Tile::width / 8;
+  const T* rows = rows_of<T>(table, batch, head);
+  const int64_t length = p.q_len + p.k_len - 1;
+  for (int i = threadIdx.x; i < count * chunks; i += Tile::threads) {
+    const int64_t u = distance + i / chunks, row = 0 <= u && u < length ? p.rel_index[u] : -1;
+    const int column = i % chunks * 8;
+    const bool valid = 0 <= row && row < p.rel_rows && column < p.head_dim;
+    ptx::cp_async(to.at(i / chunks, column), rows + (valid ? row * table.row + column : 0), valid);
+  }
+}
+
+// In a ring.
 template <class T, class Tile>
 struct Band {
   using Rows = SharedTile<T, Tile::width>;
@@ -42,19 +84,10 @@ struct Band {
   };
   PYEXT_DEVICE View from(int entry) const { return {ring, unsigned(entry)}; }
 
-  // Starts the copy of `count` rows from `entry` on, which is of distance `distance`. Zeros for distances that do not
-  // occur, and for rows outside of the table, which nobody can report here.
-  PYEXT_DEVICE void load(const Input& table, int64_t batch, int64_t head, int entry, int64_t distance, int count) const {
-    constexpr int chunks = Tile::width / 8;
-    const T* rows = static_cast<const T*>(table.data) + batch * table.batch + head * table.head;
-    const int64_t length = p.q_len + p.k_len - 1;
-    for (int i = threadIdx.x; i < count * chunks; i += Tile::threads) {
-      const int64_t u = distance + i / chunks;
-      const int64_t row = 0 <= u && u < length ? p.rel_index[u] : -1;
-      const int column = i % chunks * 8;
-      const bool valid = 0 <= row && row < p.rel_rows && column < p.head_dim;
-      ptx::cp_async(from(entry).at(i / chunks, column), rows + (valid ? row * table.row + column : 0), valid);
-    }
+  // Starts the copy of `count` rows from `entry` on, which is of distance `distance`.
+  PYEXT_DEVICE void load(const Input& table, int64_t batch, int64_t head, int entry, int64_t distance,
+                         int count) const {
+    load_relative<T, Tile>(from(entry), p, table, batch, head, distance, count);
   }
 };
 
@@ -127,8 +160,8 @@ struct SkewedRows {
   }
 };
 
-// The columns of a tile by distances, of all warps: 16 columns at a time, of which entry 0 is entry `first` of the tile.
-// Row r and column c meet at entry c % 16 - r + rows - 1, or where rows are keys at r - c % 16 + 15.
+// The columns of a tile by distances, of all warps: 16 columns at a time, of which entry 0 is entry `first` of the
+// tile. Row r and column c meet at entry c % 16 - r + rows - 1, or where rows are keys at r - c % 16 + 15.
 template <class T, class Tile, bool rows_are_keys>
 struct SkewedColumns {
   static constexpr int pitch = Tile::of_columns + 2;  // skewed reads: two in a bank
@@ -168,8 +201,8 @@ struct RelativeWork {
   const float *delta, *lse;
   const Range* ranges;
   // By distance, summed over the heads that a block goes over: (groups, parts, distances, features), of bias without
-  // features. Null: not wanted. A group are the heads that share all tables: of `group_batch` entries of the batch or of
-  // all, and of `group_heads` heads or of all.
+  // features. Null: not wanted. A group are the heads that share all tables: of `group_batch` entries of the batch or
+  // of all, and of `group_heads` heads or of all.
   float *of_queries, *of_keys, *of_bias;
   int64_t group_batch, group_heads, parts;
 
@@ -201,8 +234,7 @@ PYEXT_DEVICE void to_score_gradients(float (&ds)[1][N][4], const float (&s)[1][N
 // What the lane's two rows have of a number per query.
 PYEXT_DEVICE void load_rows(float (&to)[2], const float* from, int64_t pair, int64_t row, int64_t count) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
-    to[half] = row + 8 * half < count ? from[pair * count + row + 8 * half] : 0.0f;
+  for (int half = 0; half < 2; ++half) to[half] = row + 8 * half < count ? from[pair * count + row + 8 * half] : 0.0f;
 }
 
 }  // namespace

@@ -301,11 +301,14 @@ PYEXT_DEVICE uint32_t add_segments(float (&s)[1][N][4], const AttentionProblem& 
                                    int64_t first_column) {
   const int64_t batch = pair / p.heads;
   const float* scores = static_cast<const float*>(p.segment) + 2 * pair * p.q_len;
-  const int32_t *of_queries = p.segment_q + batch * p.segment_q_batch, *of_keys = p.segment_k + batch * p.segment_k_batch;
+  const int32_t *of_queries = p.segment_q + batch * p.segment_q_batch,
+                *of_keys = p.segment_k + batch * p.segment_k_batch;
   const auto id = [&](bool is_key, int64_t at) {
     return 0 <= at && at < (is_key ? p.k_len : p.q_len) ? (is_key ? of_keys : of_queries)[at] : 0;
   };
-  const auto score = [&](int64_t query, int same) { return query < p.q_len ? scores[2 * query + same] * kLog2e : 0.0f; };
+  const auto score = [&](int64_t query, int same) {
+    return query < p.q_len ? scores[2 * query + same] * kLog2e : 0.0f;
+  };
   int row_ids[2];
   float row_scores[2][2];
 #pragma unroll
@@ -321,7 +324,8 @@ PYEXT_DEVICE uint32_t add_segments(float (&s)[1][N][4], const AttentionProblem& 
     for (int e = 0; e < 2; ++e) {
       const int64_t column = first_column + 8 * j + lane_column() + e;
       const int column_id = id(!rows_are_keys, column);
-      const float scores_of_column[2] = {rows_are_keys ? score(column, 0) : 0.0f, rows_are_keys ? score(column, 1) : 0.0f};
+      const float scores_of_column[2] = {rows_are_keys ? score(column, 0) : 0.0f,
+                                         rows_are_keys ? score(column, 1) : 0.0f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const bool same = row_ids[half] == column_id;
@@ -396,8 +400,8 @@ struct OnlineSoftmax {
 template <class... Tensors>
 bool fits_tiles(const AttentionProblem& p, const Tensors&... tensors) {
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && has_aligned_rows(p.dtype, tensors...) && !p.dense.data &&
-         (!p.segment || p.rel_q.data) && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q && p.softcap == 0 &&
-         p.dropout_p == 0;
+         (!p.segment || p.rel_q.data) && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q &&
+         p.softcap == 0 && p.dropout_p == 0;
 }
 
 }  // namespace

@@ -54,7 +54,12 @@ MUTANTS = [
         "causal",
     ),
     _Forward("windows aligned at the first key", "query + p.k_len - p.q_len;", "query;", "causal"),
-    _Forward("rows past the end are read", "uint64_t(first + row) < uint64_t(count) && column < columns", "column < columns", "plain"),
+    _Forward(
+        "rows past the end are read",
+        "uint64_t(first + row) < uint64_t(count) && column < columns",
+        "column < columns",
+        "plain",
+    ),
     _Forward("features past the end are read", "count && column < columns;", "count;", "narrow"),
     _Forward("rows past the end are written", "if (row >= count) continue;", "", "plain"),
     _Forward(
@@ -163,15 +168,22 @@ MUTANTS = [
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
     _Forward("scores of segments swapped", "!same ? different", "same ? different", "segments"),
-    _Relative("keys before the first are read", "uint64_t(first + row) < uint64_t(count)", "first + row < count", "both"),
+    _Relative(
+        "keys before the first are read", "uint64_t(first + row) < uint64_t(count)", "first + row < count", "both"
+    ),
     _Relative(
         "a block's keys and values are not waited for",
-        "ptx::cp_async_wait<0>();\n    __syncthreads();  // this step's tiles are there, for all, and all are done with "
-        "the last one's\n    const Step",
+        "ptx::cp_async_wait<0>();\n    __syncthreads();  // this step's tiles are there, for all, and all are done "
+        "with the last one's\n    const Step",
         "__syncthreads();\n    const Step",
         "relative",
     ),
-    _Relative("most of a band taken as there", "follows = next.head == step.head && next.block == step.block + 1;", "follows = true;", "grouped"),
+    _Relative(
+        "most of a band taken as there",
+        "follows = next.head == step.head && next.block == step.block + 1;",
+        "follows = true;",
+        "grouped",
+    ),
     _Relative("the first band in part", "tile == begin ? 0 : rows", "rows", "relative"),
     _Relative(
         "products of queries read too early",
@@ -199,10 +211,15 @@ MUTANTS = [
         "both",
     ),
     _Relative(
-        "columns of keys skewed by one", "row - column % 16 + 15 : column", "row - column % 16 + 16 : column", "relative"
+        "columns of keys skewed by one",
+        "row - column % 16 + 15 : column",
+        "row - column % 16 + 16 : column",
+        "relative",
     ),
     _Relative("a square of products left out", "square < squares; square", "square < squares - 1; square", "relative"),
-    _Relative("distances of a head left out", "batches * heads; n += w.parts", "batches * heads - 1; n += w.parts", "shared"),
+    _Relative(
+        "distances of a head left out", "batches * heads; n += w.parts", "batches * heads - 1; n += w.parts", "shared"
+    ),
     _Relative("distances of the group's first head", "group_head + n % heads", "group_head", "shared"),
     _Relative(
         "a block of queries overwritten while others use it",
@@ -232,7 +249,14 @@ MUTANTS = [
     ),
     _Relative("one of a row's distances", "found; found &= found - 1", "found; found = 0", "clipped"),
     _Relative("one of the groups that share a table", "n < groups_b * groups_h * w.parts", "n < w.parts", "segments"),
-    _Relative("shares of a row read too early", "__syncthreads();\n  for (int i = threadIdx.x; i < features", "for (int i = threadIdx.x; i < features", "clipped"),
-    _Relative("the bias's gradient scaled", "p.diag_rows, 1, 1, p.grad_diag", "p.diag_rows, 1, p.scale, p.grad_diag", "shared"),
+    _Relative(
+        "shares of a row read too early",
+        "__syncthreads();\n  for (int i = threadIdx.x; i < features",
+        "for (int i = threadIdx.x; i < features",
+        "clipped",
+    ),
+    _Relative(
+        "the bias's gradient scaled", "p.diag_rows, 1, 1, p.grad_diag", "p.diag_rows, 1, p.scale, p.grad_diag", "shared"
+    ),
     _Relative("too little room for distances", "slots * length * features", "length * features", "shared"),
 ]

@@ -42,7 +42,9 @@ RELATIVE = {
     "both": case(Shape(1, 2, 1, 50, 75, 64, 64), disentangled(buckets=8, max_position=30), causal()),
     "grouped": case(Shape(1, 4, 2, 60, 50, 64, 64), transformer_xl("past"), window(9, 2)),
     "clipped": case(Shape(1, 2, 2, 40, 75, 64, 40), shaw(9, heads="h"), alibi()),
-    "shared": case(Shape(3, 2, 2, 33, 40, 64, 64), disentangled(heads="1"), diagonal("1"), documents(batched=True, cross=True)),
+    "shared": case(
+        Shape(3, 2, 2, 33, 40, 64, 64), disentangled(heads="1"), diagonal("1"), documents(batched=True, cross=True)
+    ),
     "segments": case(Shape(2, 2, 2, 50, 75, 64, 64), transformer_xl("xlnet", heads="1"), segment(), diagonal()),
 }
 FORWARD = {**PROBES, **RELATIVE}

@@ -91,7 +91,10 @@ _CUTS = {
     ),
     "attention_sm80_relative_backward": (
         ("return of_type(bf16());", _REFUSED),
-        *((_OTHER_WIDTHS(128, "launch_relative", f"RelativeBackward<128, {of_both}>"), "") for of_both in ("true", "false")),
+        *(
+            (_OTHER_WIDTHS(128, "launch_relative", f"RelativeBackward<128, {of_both}>"), "")
+            for of_both in ("true", "false")
+        ),
     ),
 }
 

@@ -96,6 +96,8 @@ struct Diagonals {
   static constexpr int entries = kBlockRows + kStepRows - 1, floats = kWarps * count;
   float* sums;  // (warps, octets, 8 diagonals)
 
+  PYEXT_DEVICE explicit Diagonals(float* shared) : sums(shared) {}
+
   PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4]) const {
     const int g = lane_row();
     // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, both halves of the rows added.

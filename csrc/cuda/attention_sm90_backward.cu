@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         const Interval tiles = tiles_of(find_visible<kBlockRows>(p, batch, first));
         for (int tile = tiles.begin; tile < tiles.end; ++tile, ++count) {
           const int64_t start = strip_start(p, int64_t(first) + kBlockRows - 1, int64_t(tile) * kStepRows);
-          const Diagonals sums{shared.other().sums[count % kStages]};
+          const Diagonals sums(shared.other().sums[count % kStages]);
           const int entry = int((thread - start) % kSummingThreads);
           shared.sums_ring().wait_full(count);
           for (int i = entry < 0 ? entry + kSummingThreads : entry; i < Diagonals::entries; i += kSummingThreads)
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         issue_product(grad_query, left, shared.step(0, count));
         if (diagonals) {
           shared.sums_ring().wait_empty(count);
-          Diagonals{shared.other().sums[count % kStages]}.sum_warp(ds);
+          Diagonals(shared.other().sums[count % kStages]).sum_warp(ds);
           __syncwarp();
           if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.sums_ring().barrier(count));
         }

@@ -62,8 +62,14 @@ PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QuerySta
       float& x = p_t[0][j][e];
       const float s = biased ? fmaf(x, scale, stage.strip[at - query + kStepRows - 1]) : x * scale;
       x = ptx::exp2_approx(s - stage.lse[query]);
-      if (!all && !stage.seen[query].holds(first_key + at)) x = 0;
     }
+  }
+  if (all) return;  // in a loop of its own, that a branch skips
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (!stage.seen[8 * j + lane_column() + e % 2].holds(first_key + row + e / 2 * 8)) p_t[0][j][e] = 0;
   }
 }
 
@@ -87,47 +93,70 @@ struct QueryTile {
 // block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet.
 struct Diagonals {
   static constexpr int octets = kN + 2, count = 8 * octets;  // of a warp, the first at distance -16 from its corner
-  float *terms, *sums;                                       // (warps, octets, 8 rows, 8 diagonals), (warps, count)
-  static constexpr int floats = kWarps * (8 * count + count);
+  static constexpr int entries = kBlockRows + kStepRows - 1, floats = kWarps * count;
+  float* sums;  // (warps, octets, 8 diagonals)
 
-  PYEXT_DEVICE explicit Diagonals(float* shared) : terms(shared), sums(shared + kWarps * 8 * count) {}
+  PYEXT_DEVICE explicit Diagonals(float* shared) : sums(shared) {}
 
   PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4]) const {
-    float* const own = terms + threadIdx.x / 32 * 8 * count;
     const int g = lane_row();
     // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, both halves of the rows added.
     const auto block = [&](int d, int e) {
       return (d >= 0 && d < kN ? ds[0][d][e] : 0.0f) + (d >= -1 && d < kN - 1 ? ds[0][d + 1][2 + e] : 0.0f);
     };
+    float terms[octets][2], half[octets / 2][2], quarter[(octets / 2 + 1) / 2][2], eighth[2][2];
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = lane_column() + e;
-        own[(8 * o + g) * 8 + (c - g + 8) % 8] = c >= g ? block(o - 2, e) : block(o - 1, e);
-      }
+      for (int e = 0; e < 2; ++e) terms[o][e] = lane_column() + e >= g ? block(o - 2, e) : block(o - 1, e);
     }
-    __syncwarp();
-    for (int i = threadIdx.x % 32; i < count; i += 32) {
-      float sum = 0;
+    halve<1>(half, terms), halve<2>(quarter, half), halve<4>(eighth, quarter);
+    float* const own = sums + threadIdx.x / 32 * count + (g & 1) * (octets / 2) * 8;
 #pragma unroll
-      for (int r = 0; r < 8; ++r) sum += own[(i / 8 * 8 + r) * 8 + i % 8];
-      sums[threadIdx.x / 32 * count + i] = sum;
+    for (int k = 0; k < 2; ++k) {
+      const int of_quarter = (g >> 2) * 2 + k, of_half = (g >> 1 & 1) * 3 + of_quarter;
+      if (of_quarter >= 3 || of_half >= octets / 2) continue;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) own[8 * of_half + (lane_column() + e - g & 7)] = eighth[k][e];
     }
   }
 
-  // After a barrier: adds the tile's diagonals to a strip in global memory that nobody else adds to. Entry 0 of the
-  // tile is that of its last row and first column, at `start` of the strip.
-  PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
-    const int i = threadIdx.x;
-    if (i >= kBlockRows + kStepRows - 1 || start + i < 0 || start + i >= length) return;
+  // Of the tile's entry i, after all warps' sums are there: 0 is that of its last row and first column.
+  PYEXT_DEVICE float of(int i) const {
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
       const int at = i - (kBlockRows - 1) + 16 * warp + 16;
       if (0 <= at && at < count) sum += sums[warp * count + at];
     }
-    strip[start + i] += sum;
+    return sum;
+  }
+
+  // Adds the tile's diagonals to a strip in global memory that nobody else adds to; entry 0 at `start` of the strip.
+  PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
+    const int i = threadIdx.x;
+    if (i < entries && start + i >= 0 && start + i < length) strip[start + i] += of(i);
+  }
+
+ private:
+  // The terms of n octets become those of the half of them that the lane keeps, together with those of lane g ^ bit,
+  // which gives that half away. What it has on the same diagonal stands g ^ bit - g columns further right.
+  template <int bit, int n>
+  static PYEXT_DEVICE void halve(float (&kept)[(n + 1) / 2][2], const float (&terms)[n][2]) {
+    constexpr int half = (n + 1) / 2;
+    const bool upper = lane_row() & bit;
+    const int other = (lane_row() ^ bit) * 4, column = lane_column() + (upper ? -bit : bit);
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      float given[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float high = k + half < n ? terms[(k + half) % n][e] : 0.0f;
+        kept[k][e] = upper ? high : terms[k][e], given[e] = upper ? terms[k][e] : high;
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) kept[k][e] += __shfl_sync(~0u, given[(e + bit) % 2], other + ((column + e) & 7) / 2);
+    }
   }
 };
 

@@ -21,10 +21,10 @@ template <int stages>
 struct Ring {
   uint64_t *full, *empty;
 
-  PYEXT_DEVICE void initialise(int consuming_warps) const {
+  PYEXT_DEVICE void initialise(int consuming_warps, int producers = 1) const {
 #pragma unroll
     for (int i = 0; i < stages; ++i) {
-      ptx::mbarrier_init(full + i, 1);
+      ptx::mbarrier_init(full + i, producers);
       ptx::mbarrier_init(empty + i, consuming_warps);
     }
   }
@@ -82,6 +82,17 @@ cudaError_t map_rows(ptx::TensorMap* map, const Input& t, const AttentionProblem
 }
 
 // --- Products ---
+
+// A warp's fragments of its 16 rows of a tile whose panels have `rows` rows.
+template <int rows, class T, int K>
+PYEXT_DEVICE void load_left(uint32_t (&fragments)[K][4], const T* panels) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    const int chunk = i * 2 + lane / 16;  // of 16 bytes
+    ptx::ldmatrix(fragments[i], panels + (chunk / 8 * rows + row) * kPanel + (chunk % 8 ^ row % 8) * 8);
+  }
+}
 
 template <int N>
 PYEXT_DEVICE float (&flat(float (&sum)[1][N][4]))[4 * N] {

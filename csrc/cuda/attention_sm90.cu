@@ -178,17 +178,6 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
 
 // --- Consumers ---
 
-// A warp's fragments of its 16 queries.
-template <class T, class Tile>
-PYEXT_DEVICE void load_queries(uint32_t (&fragments)[Tile::width / 16][4], const T* queries) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int i = 0; i < Tile::width / 16; ++i) {
-    const int chunk = i * 2 + lane / 16;  // of 16 bytes
-    ptx::ldmatrix(fragments[i], queries + (chunk / 8 * Tile::rows + row) * kPanel + (chunk % 8 ^ row % 8) * 8);
-  }
-}
-
 template <class T, class Tile, bool biased>
 struct Consumer {
   static constexpr int width = Tile::width, columns = Tile::columns, N = columns / 8;
@@ -279,7 +268,7 @@ struct Consumer {
       const Work<columns> work = *shared.work();
       if (work.pair < 0) break;
       if constexpr (Tile::queries_in_registers) {
-        load_queries<T, Tile>(queries, shared.queries());
+        load_left<Tile::rows>(queries, shared.queries());
         __syncwarp();
         items.release(n);
       }

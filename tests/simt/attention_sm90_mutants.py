@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         "queries released before all lanes have them",
         "wide, causal",
-        "load_queries<T, Tile>(queries, shared.queries());\n        __syncwarp();",
-        "load_queries<T, Tile>(queries, shared.queries());",
+        "load_left<Tile::rows>(queries, shared.queries());\n        __syncwarp();",
+        "load_left<Tile::rows>(queries, shared.queries());",
     ),
     Mutant(
         "strip released before all lanes have it",
@@ -159,9 +159,8 @@ def _backward(title: str, probe: str, old: str, new: str = "") -> Mutant:
     return Mutant(title, probe, old, new, "attention_sm90_backward")
 
 
-_QUERY_PRODUCT = "issue_product(grad_query, left, shared.step(0, count));\n        ptx::wgmma_wait<0>();\n        "
-_AFTER = "ptx::wgmma_pin(flat(grad_query));\n        __syncwarp();  // all lanes are done with the strip\n        "
-_RELEASE = "key_ring.release(count);"
+_QUERY_WAIT = "ptx::wgmma_wait<0>();\n        ptx::wgmma_pin(flat(grad_query));\n        "
+_RELEASE = "__syncwarp();  // all lanes are done with the strip\n        key_ring.release(count);"
 MUTANTS += [
     _backward(
         "dP read while its product runs",
@@ -172,22 +171,28 @@ MUTANTS += [
     _backward(
         "keys released before dQ has read them",
         "many tiles",
-        _QUERY_PRODUCT + _AFTER + _RELEASE,
-        _RELEASE + _QUERY_PRODUCT + _AFTER,
+        _QUERY_WAIT + _RELEASE,
+        _RELEASE + _QUERY_WAIT,
     ),
     _backward("the first row's delta for both", "causal", "row_delta[e / 2]", "row_delta[0]"),
     _backward("second row sees all, backward", "causal", "hide_unseen(s[0], 1, keys[1], first_key, 0);"),
+    _backward("all queries see all keys", "causal", "if (all) return;  // in", "return;  // in"),
     _backward(
-        "sums of diagonals overwritten while they are read",
-        "slopes",
-        "ptx::bar_sync(kConsuming, kThreads);  // before the sums are written again",
+        "queries released before all lanes have them, backward",
+        "causal",
+        "grads(shared.block(1));\n      __syncwarp();",
+        "grads(shared.block(1));",
     ),
+    _backward("sums of diagonals overwritten while they are read", "slopes", "shared.sums_ring().wait_empty(count);"),
+    _backward("sums of diagonals read too early", "slopes", "shared.sums_ring().wait_full(count);"),
     _backward(
-        "sums of diagonals read too early",
+        "sums of diagonals handed on before all lanes have them",
         "slopes",
-        "ptx::bar_sync(kConsuming, kThreads);\n          sums.add_to",
-        "sums.add_to",
+        "sum_warp(ds);\n          __syncwarp();",
+        "sum_warp(ds);",
     ),
+    _backward("entries of strips change hands", "slopes", "(thread - start) % kSummingThreads", "thread"),
+    _backward("diagonals of lower rows to the right", "slopes", "(upper ? -bit : bit)", "bit"),
     _backward(
         "steps of heads that share keys left out",
         "causal",

@@ -171,7 +171,10 @@ struct SkewedColumns {
   // Squares of 16 columns and 16 distances, by turns of the warps. Others see them after a barrier.
   PYEXT_DEVICE void multiply(const SharedTile<T, Tile::width>& left, const Band<T, Tile>& band, int entry) const {
     constexpr int squares = Tile::columns / 16 * (Tile::of_columns / 16);
-    for (int square = threadIdx.x / 32; square < squares; square += Tile::warps) {
+#pragma unroll
+    for (int n = 0; n < (squares + Tile::warps - 1) / Tile::warps; ++n) {
+      const int square = n * Tile::warps + threadIdx.x / 32;
+      if (squares % Tile::warps && square >= squares) break;
       const int column = square % (Tile::columns / 16) * 16, at = square / (Tile::columns / 16) * 16;
       const int first = rows_are_keys ? Tile::columns - 16 - column : column;
       float sum[1][2][4] = {};

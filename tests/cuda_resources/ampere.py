@@ -155,7 +155,18 @@ def of_units(stem: str) -> Iterator[str]:
             cells = [t.kind, t.width, f"{t.rows} x {t.columns}", "yes" if t.biased else "", p.blocks]
             yield [*cells, *(p.units[name] for name in NAMES), p.alone, p.limit, bound, bound * EFFICIENCY]
 
-    titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit", "at most", "predicted")
+    titles = (
+        "kernel",
+        "width",
+        "rows x keys",
+        "bias",
+        "blocks",
+        *NAMES,
+        "a warp alone",
+        "limit",
+        "at most",
+        "predicted",
+    )
     return table(titles, rows())
 
 

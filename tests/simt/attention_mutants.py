@@ -216,7 +216,12 @@ MUTANTS = [
         "row - column % 16 + 16 : column",
         "relative",
     ),
-    _Relative("a square of products left out", "square < squares; square", "square < squares - 1; square", "relative"),
+    _Relative(
+        "a square of products left out",
+        "(squares + Tile::warps - 1) / Tile::warps",
+        "squares / Tile::warps",
+        "relative",
+    ),
     _Relative(
         "distances of a head left out", "batches * heads; n += w.parts", "batches * heads - 1; n += w.parts", "shared"
     ),

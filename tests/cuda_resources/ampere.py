@@ -20,7 +20,7 @@ from .sass import Instruction, of_full_tiles
 #: What FlashAttention-2 reaches of the tensor cores' peak with these products, its only bound: forward, A100.
 EFFICIENCY = 0.73
 #: Cycles from an instruction to its result: Sun et al., "Dissecting tensor cores" (2022), for the first three.
-LATENCY = defaultdict(lambda: 5, HMMA=33, LDSM=33, LDS=23, SHFL=23, MUFU=18, LDG=500, S2R=20)
+LATENCY = defaultdict(lambda: 5, HMMA=33, LDSM=33, LDS=23, SHFL=23, MUFU=18, LDG=200, S2R=20)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ _WIDE = {"HMMA": (4, 4, 2, 4)}  # registers of the operands
 
 def _registers(i: Instruction) -> tuple[set[int], set[int]]:
     """Written and read."""
-    operands = [part for part in i.text.partition(" ")[2].split(",")]
+    operands = i.text.partition(" ")[2].split(",")
     found: list[set[int]] = []
     for n, operand in enumerate(operands):
         here = set()
@@ -155,7 +155,18 @@ def of_units(stem: str) -> Iterator[str]:
             cells = [t.kind, t.width, f"{t.rows} x {t.columns}", "yes" if t.biased else "", p.blocks]
             yield [*cells, *(p.units[name] for name in NAMES), p.alone, p.limit, bound, bound * EFFICIENCY]
 
-    titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit", "at most", "predicted")
+    titles = (
+        "kernel",
+        "width",
+        "rows x keys",
+        "bias",
+        "blocks",
+        *NAMES,
+        "a warp alone",
+        "limit",
+        "at most",
+        "predicted",
+    )
     return table(titles, rows())
 
 

@@ -390,9 +390,9 @@ def test_gpus_with_less_shared_memory(monkeypatch):
         problem = pyext._primitives.AttentionProblem(x, x, x)
         return _cuda_attention._limit_of_memory(problem, width, gradient)
 
-    assert [width for width in (64, 96, 128) if refusal(width, False) is None] == [64, 96]
+    assert [width for width in (64, 96, 128) if refusal(width, False) is None] == [64, 96, 128]
     assert [width for width in (64, 96, 128) if refusal(width, True) is None] == [64]
-    assert refusal(128, False) == "a block of the GPU has 101376 bytes of shared memory, and its kernels need 107072"
+    assert refusal(128, True) == "a block of the GPU has 101376 bytes of shared memory, and its kernels need 142848"
 
 
 def test_not_in_the_tests_of_all_calls():

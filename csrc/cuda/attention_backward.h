@@ -93,6 +93,7 @@ struct QueryTile {
 // block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet.
 struct Diagonals {
   static constexpr int octets = kN + 2, count = 8 * octets;  // of a warp, the first at distance -16 from its corner
+  static constexpr int half = octets / 2, quarter = (half + 1) / 2, eighth = (quarter + 1) / 2;
   static constexpr int entries = kBlockRows + kStepRows - 1, floats = kWarps * count;
   float* sums;  // (warps, octets, 8 diagonals)
 
@@ -104,20 +105,20 @@ struct Diagonals {
     const auto block = [&](int d, int e) {
       return (d >= 0 && d < kN ? ds[0][d][e] : 0.0f) + (d >= -1 && d < kN - 1 ? ds[0][d + 1][2 + e] : 0.0f);
     };
-    float terms[octets][2], half[octets / 2][2], quarter[(octets / 2 + 1) / 2][2], eighth[2][2];
+    float terms[octets][2], of_half[half][2], of_quarter[quarter][2], own[eighth][2];
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) terms[o][e] = lane_column() + e >= g ? block(o - 2, e) : block(o - 1, e);
     }
-    halve<1>(half, terms), halve<2>(quarter, half), halve<4>(eighth, quarter);
-    float* const own = sums + threadIdx.x / 32 * count + (g & 1) * (octets / 2) * 8;
+    halve<1>(of_half, terms), halve<2>(of_quarter, of_half), halve<4>(own, of_quarter);
+    float* const to = sums + threadIdx.x / 32 * count + (g & 1) * half * 8;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int of_quarter = (g >> 2) * 2 + k, of_half = (g >> 1 & 1) * 3 + of_quarter;
-      if (of_quarter >= 3 || of_half >= octets / 2) continue;
+    for (int k = 0; k < eighth; ++k) {
+      const int in_quarter = (g >> 2) * eighth + k, in_half = (g >> 1 & 1) * quarter + in_quarter;
+      if (in_quarter >= quarter || in_half >= half) continue;  // not all can be halved
 #pragma unroll
-      for (int e = 0; e < 2; ++e) own[8 * of_half + (lane_column() + e - g & 7)] = eighth[k][e];
+      for (int e = 0; e < 2; ++e) to[8 * in_half + (lane_column() + e - g & 7)] = own[k][e];
     }
   }
 

@@ -20,7 +20,7 @@ from .sass import Instruction, of_full_tiles
 #: What FlashAttention-2 reaches of the tensor cores' peak with these products, its only bound: forward, A100.
 EFFICIENCY = 0.73
 #: Cycles from an instruction to its result: Sun et al., "Dissecting tensor cores" (2022), for the first three.
-LATENCY = defaultdict(lambda: 5, HMMA=33, LDSM=33, LDS=23, SHFL=23, MUFU=18, LDG=500, S2R=20)
+LATENCY = defaultdict(lambda: 5, HMMA=33, LDSM=33, LDS=23, SHFL=23, MUFU=18, LDG=200, S2R=20)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ _WIDE = {"HMMA": (4, 4, 2, 4)}  # registers of the operands
 
 def _registers(i: Instruction) -> tuple[set[int], set[int]]:
     """Written and read."""
-    operands = [part for part in i.text.partition(" ")[2].split(",")]
+    operands = i.text.partition(" ")[2].split(",")
     found: list[set[int]] = []
     for n, operand in enumerate(operands):
         here = set()

@@ -1,8 +1,8 @@
 """The loops over tiles of attention's kernels for sm_80 and later, and their matrix products against the arithmetic.
 
 A kernel goes over tiles in the loop that holds most of its HMMA; within it, the products that sum over the features of
-a row are loops of their own, two steps of 16 features at a time (attention_tiles.h), and run features / 32 times; so are
-copies, which every thread makes 16 bytes at a time.
+a row are loops of their own, two steps of 16 features at a time (attention_tiles.h), and run features / 32 times.
+Copies, which a thread makes 16 bytes at a time, are loops, too.
 """
 
 from __future__ import annotations

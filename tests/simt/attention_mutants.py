@@ -146,21 +146,18 @@ MUTANTS = [
         "begin <= from && from < end",
         "documents",
     ),
-    _Backward("masked pairs count", "if (!all && !stage", "if (false && !stage", "causal"),
+    _Backward("masked pairs count", "if (!stage", "if (false && !stage", "causal"),
     _Backward("a strip off by one", "at - query + kStepRows - 1", "at - query + kStepRows", "diagonal"),
     _Backward("keys' gradients without the scale", "grad_key, scaled);", "grad_key, plain);", "plain"),
-    _Backward(
-        "diagonals summed before all lanes wrote",
-        "__syncwarp();\n    for (int i = threadIdx.x % 32;",
-        "for (int i = threadIdx.x % 32;",
-        "diagonal",
-    ),
-    _Backward("diagonals of the neighbouring octet", "c >= g ? block", "c > g ? block", "diagonal"),
+    _Backward("diagonals of lower rows to the right", "(upper ? -bit : bit)", "bit", "diagonal"),
+    _Backward("diagonals of the neighbouring octet", "+ e >= g ? block", "+ e > g ? block", "diagonal"),
     _Backward("sums of warps read too early", "__syncthreads();\n        sums.add_to", "sums.add_to", "diagonal"),
     _Backward(
-        "a tile's diagonals replace the others'", "strip[start + i] += sum", "strip[start + i] = sum", "diagonal"
+        "a tile's diagonals replace the others'", "strip[start + i] += of(i)", "strip[start + i] = of(i)", "diagonal"
     ),
-    _Backward("diagonals past the strip", "start + i < 0 || start + i >= length", "start + i >= length", "diagonal"),
+    _Backward(
+        "diagonals past the strip", "&& start + i >= 0 && start + i < length", "&& start + i < length", "diagonal"
+    ),
     _Backward("slots not zeroed", "slots[u] = 0;", ";", "diagonal"),
     _Backward(
         "one head of those that share a strip", "i < (strip + 1) * sharing", "i < strip * sharing + 1", "one strip"

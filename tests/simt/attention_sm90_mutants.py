@@ -179,7 +179,7 @@ MUTANTS += [
     _backward("all queries see all keys", "causal", "if (all) return;  // in", "return;  // in"),
     _backward(
         "queries released before all lanes have them, backward",
-        "causal",
+        "slopes",
         "grads(shared.block(1));\n      __syncwarp();",
         "grads(shared.block(1));",
     ),

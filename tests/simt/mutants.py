@@ -42,7 +42,7 @@ SMALL = {
     "moe_route": (*_ROUNDS, *_TILES),
     "moe_dispatch": _ROUNDS,
     "attention_sm80": (
-        ("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"),
+        ("ForwardTile<64, 2, 4, 32, 3>", "ForwardTile<64, 2, 2, 16, 3>"),
         *((f"RelativeTile{of}<64, 1, 4, 32>", f"RelativeTile{of}<64, 1, 2, 16>") for of in ("", "OfBoth")),
         ("entries = 128", "entries = 64"),
         _ROUNDS[1],
@@ -77,7 +77,7 @@ _CUTS = {
     "glu": (*_OTHER_DTYPES, *_OTHER_ACTIVATIONS),
     "attention_sm80": (
         ("return of_type(bf16());", _REFUSED),
-        *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, 64>"), "") for n in (96, 128)),
+        *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, {m}, 2>"), "") for n, m in ((96, 64), (128, 32))),
         (_OTHER_WIDTHS(256, "with_bias", "ForwardTile<256, 1, 8, 32>"), ""),
         *(
             (_OTHER_WIDTHS(n, "with_bias", f"RelativeTile{of}<{n}, 1, 4, 32>"), "")

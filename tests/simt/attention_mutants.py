@@ -60,7 +60,7 @@ MUTANTS = [
         "column < columns",
         "plain",
     ),
-    _Forward("features past the end are read", "count && column < columns;", "count;", "narrow"),
+    _Forward("features past the end are read", "uint64_t(count) && column < columns;", "uint64_t(count);", "narrow"),
     _Forward("rows past the end are written", "if (row >= count) continue;", "", "plain"),
     _Forward(
         "fragments of keys in the wrong order",
@@ -169,19 +169,11 @@ MUTANTS = [
         "keys before the first are read", "uint64_t(first + row) < uint64_t(count)", "first + row < count", "both"
     ),
     _Relative(
-        "a block's keys and values are not waited for",
-        "ptx::cp_async_wait<0>();\n    __syncthreads();  // this step's tiles are there, for all, and all are done "
-        "with the last one's\n    const Step",
-        "__syncthreads();\n    const Step",
-        "relative",
-    ),
-    _Relative(
         "most of a band taken as there",
         "follows = next.head == step.head && next.block == step.block + 1;",
         "follows = true;",
         "grouped",
     ),
-    _Relative("the first band in part", "tile == begin ? 0 : rows", "rows", "relative"),
     _Relative(
         "products of queries read too early",
         "__syncthreads();  // all warps' products are there\n    skewed.add_to(p_t);",
@@ -202,34 +194,14 @@ MUTANTS = [
         "relative",
     ),
     _Relative(
-        "keys skewed by one",
-        "return rows_are_keys ? row - column + Tile::columns - 1",
-        "return rows_are_keys ? row - column + Tile::columns",
-        "both",
-    ),
-    _Relative(
-        "columns of keys skewed by one",
-        "row - column % 16 + 15 : column",
-        "row - column % 16 + 16 : column",
-        "relative",
-    ),
-    _Relative(
-        "a square of products left out",
-        "(squares + Tile::warps - 1) / Tile::warps",
-        "squares / Tile::warps",
-        "relative",
-    ),
-    _Relative(
         "distances of a head left out", "batches * heads; n += w.parts", "batches * heads - 1; n += w.parts", "shared"
     ),
-    _Relative("distances of the group's first head", "group_head + n % heads", "group_head", "shared"),
     _Relative(
         "a block of queries overwritten while others use it",
         "__syncthreads();  // all are done with the block before",
         "// the block before",
         "relative",
     ),
-    _Relative("masked pairs have gradients", "all = range.covers(", "all = range.meets(", "relative"),
     _Relative(
         "gradients of keys of the step before", "if (query < 0 || query >= rows) *key", "if (query < 0) *key", "both"
     ),
@@ -245,7 +217,6 @@ MUTANTS = [
         "block",
         "relative",
     ),
-    _Relative("a warp without its last step", "first - 15 < Tile::rows", "first + 15 < Tile::rows", "relative"),
     _Relative(
         "segments' gradients of two lanes of four", ", both[k] += __shfl_xor_sync(~0u, both[k], 2);", ";", "segments"
     ),
@@ -256,9 +227,6 @@ MUTANTS = [
         "__syncthreads();\n  for (int i = threadIdx.x; i < features",
         "for (int i = threadIdx.x; i < features",
         "clipped",
-    ),
-    _Relative(
-        "the bias's gradient scaled", "p.diag_rows, 1, 1, p.grad_diag", "p.diag_rows, 1, p.scale, p.grad_diag", "shared"
     ),
     _Relative("too little room for distances", "slots * length * features", "length * features", "shared"),
 ]

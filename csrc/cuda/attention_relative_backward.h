@@ -59,6 +59,7 @@ PYEXT_DEVICE void load_relative(const Rows& to, const AttentionProblem& p, const
   constexpr int chunks = Tile::width / 8;
   const T* rows = rows_of<T>(table, batch, head);
   const int64_t length = p.q_len + p.k_len - 1;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count * chunks; i += Tile::threads) {
     const int64_t u = distance + i / chunks, row = 0 <= u && u < length ? p.rel_index[u] : -1;
     const int column = i % chunks * 8;
@@ -97,22 +98,13 @@ struct Band {
 // columns - 1; entry 0 is entry `first` of the tile.
 template <class T, class Tile, bool rows_are_keys>
 struct SkewedRows {
-  static constexpr int pitch = Tile::of_warp + 4, gradient_pitch = Tile::of_warp + 8;  // skewed reads: two in a bank
-  static constexpr int bytes = Tile::rows * (int(sizeof(float)) * pitch + 2 * gradient_pitch);
-  using Gradients = SharedTile<T, Tile::of_warp>;
+  static constexpr int pitch = Tile::of_warp + 4;  // skewed reads: two in a bank
+  static constexpr int bytes = int(sizeof(float)) * Tile::rows * pitch;
   float* products;
-  Gradients gradients;
+  SharedTile<T, Tile::of_warp> gradients;  // in the place of the products
 
-  PYEXT_DEVICE explicit SkewedRows(void* shared)
-      : products(static_cast<float*>(shared) + warp_row() * pitch),
-        gradients{reinterpret_cast<T*>(static_cast<float*>(shared) + Tile::rows * pitch) +
-                  warp_row() * gradient_pitch} {}
-
-  // What no pair of a row and a column meets stays zero.
-  PYEXT_DEVICE void clear() const {
-    for (int i = threadIdx.x % 32; i < 16 * gradient_pitch; i += 32) gradients.data[i] = ptx::from_float<T>(0);
-    __syncwarp();
-  }
+  PYEXT_DEVICE explicit SkewedRows(float* shared)
+      : products(shared + warp_row() * pitch), gradients{reinterpret_cast<T*>(products)} {}
 
   static PYEXT_DEVICE int warp_row() { return threadIdx.x / 32 * 16; }
   static PYEXT_DEVICE int first() { return rows_are_keys ? warp_row() : Tile::rows - 16 - warp_row(); }
@@ -148,6 +140,12 @@ struct SkewedRows {
   // sum += dS times the band.
   PYEXT_DEVICE void add_gradient(float (&sum)[1][Tile::width / 8][4], const float (&ds)[1][Tile::N][4],
                                  const Band<T, Tile>& band, int entry_of_tile) const {
+    __syncwarp();  // all lanes are done with the products
+    // Zeros where no row and column meet: 16 of each row, before its first column or behind its last one.
+    for (int i = threadIdx.x % 32; i < 16 * 16; i += 32) {
+      const int row = i / 16, at = i % 16, before = rows_are_keys ? row : 15 - row;
+      *gradients.at(row, at < before ? at : at + Tile::columns) = ptx::from_float<T>(0);
+    }
     for_each([&](int row, int column, int j, int e) {
       *gradients.at(row, entry(row, column)) = ptx::from_float<T>(ds[0][j][e]);
     });
@@ -218,6 +216,7 @@ struct RelativeWork {
   PYEXT_DEVICE void load_strip(float* to, const AttentionProblem& p, int64_t head, int64_t start,
                                int count = Tile::distances) const {
     const float* strip = strips + (p.diag_heads == 1 ? 0 : head * strip_length);
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += Tile::threads)
       to[i] = p.diag && 0 <= start + i && start + i < strip_length ? strip[start + i] : 0.0f;
   }

@@ -27,6 +27,7 @@ struct ByDistance {
   RelativeSeen<Tile>& seen = *pieces.take<RelativeSeen<Tile>>(sizeof(RelativeSeen<Tile>));
   int64_t first_distance = 0, batch = 0, head = 0, first_query = 0, first_key = 0;
   float lse[2], delta[2];
+  SegmentRows segments;
   bool all = false;
 
   static constexpr int bytes = 2 * tile_elements<width>((4 + both) * rows + 2 * Tile::stages * columns) +
@@ -78,6 +79,7 @@ struct ByDistance {
     find_visible(p, batch, first_query, seen);
     const int64_t pair = batch * p.heads + head, row = first_query + own() + lane_row();
     load_rows(lse, w.lse, pair, row, p.q_len), load_rows(delta, w.delta, pair, row, p.q_len);
+    if (p.segment) segments.read(p, pair, row);
     return true;
   }
 
@@ -129,7 +131,7 @@ struct ByDistance {
       for (int half = 0; half < 2; ++half)
         hide_unseen(biased[0], half, seen.of[own() + lane_row() + 8 * half], int(at));
     }
-    if (p.segment) add_segments<false>(biased, p, batch * p.heads + head, first_query + own() + lane_row(), at);
+    if (p.segment) segments.add_to(biased, p, batch, int(at));
     multiply_transposed(ds, grads, own(), values(step));
     to_score_gradients(ds, biased, lse, delta);
     for_each(step, [&](int query, int distance, int key, int j, int e) {

@@ -21,9 +21,11 @@ template <class Tile>
 struct RelativeQueries {
   float strip[Tile::distances], lse[Tile::columns], delta[Tile::columns];
   Interval seen[Tile::columns];
+  float2 segments[Tile::columns];
+  int segment_ids[Tile::columns];
 };
 
-// At 64 features two blocks fill a Hopper, at up to 115,712 bytes each.
+// At 64 features two blocks share a Hopper, at up to 115,712 bytes each.
 template <class Tile>
 constexpr int relative_key_bytes() {
   using Skewed = SkewedRows<bf16, Tile, true>;
@@ -34,8 +36,8 @@ constexpr int relative_key_bytes() {
 
 // Products become weights; rows are keys.
 template <class Tile>
-PYEXT_DEVICE void to_weights(float (&s)[1][Tile::N][4], const AttentionProblem& p, int64_t pair,
-                             const RelativeQueries<Tile>& stage, int64_t first_query, int first_key, bool all) {
+PYEXT_DEVICE void to_weights(float (&s)[1][Tile::N][4], const AttentionProblem& p, const RelativeQueries<Tile>& stage,
+                             const int (&row_ids)[2], int first_key, bool all) {
   const int row = threadIdx.x / 32 * 16 + lane_row();
   const float scale = float(p.scale) * kLog2e;
   const auto for_each = [&](const auto& f) {
@@ -46,11 +48,16 @@ PYEXT_DEVICE void to_weights(float (&s)[1][Tile::N][4], const AttentionProblem& 
     }
   };
   for_each([&](float& x, int key, int query) { x = fmaf(x, scale, stage.strip[key - query + Tile::columns - 1]); });
-  if (p.segment) add_segments<true>(s, p, pair, first_key + row, first_query);
-  for_each([&](float& x, int key, int query) {
-    x = ptx::exp2_approx(x - stage.lse[query]);
-    if (!all && !stage.seen[query].holds(first_key + key)) x = 0;
-  });
+  if (p.segment)
+    for_each([&](float& x, int key, int query) {
+      const bool same = row_ids[(key - row) / 8] == stage.segment_ids[query];
+      x = fmaf(same ? stage.segments[query].y : stage.segments[query].x, kLog2e, x);
+    });
+  for_each([&](float& x, int, int query) { x = ptx::exp2_approx(x - stage.lse[query]); });
+  if (!all)
+    for_each([&](float& x, int key, int query) {
+      if (!stage.seen[query].holds(first_key + key)) x = 0;
+    });
 }
 
 template <class T, class Tile>
@@ -114,40 +121,46 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     info.lse[threadIdx.x] = query < p.q_len ? w.lse[pair * p.q_len + query] : 0.0f;
     info.delta[threadIdx.x] = query < p.q_len ? w.delta[pair * p.q_len + query] : 0.0f;
     info.seen[threadIdx.x] = visible(p, batch, query);
+    if (!p.segment || query >= p.q_len) return;
+    info.segment_ids[threadIdx.x] = p.segment_q[batch * p.segment_q_batch + query];
+    info.segments[threadIdx.x] = static_cast<const float2*>(p.segment)[pair * p.q_len + query];
   };
 
   load_tile<Tile::threads, rows>(keys, rows_of<T>(p.key, batch, kv_head), p.key.row, first_key, p.k_len, p.head_dim);
   load_tile<Tile::threads, rows>(values, rows_of<T>(p.value, batch, kv_head), p.value.row, first_key, p.k_len,
                                  p.value_dim);
   ptx::cp_async_commit();
-  const SkewedRows<T, Tile, true> skewed_rows(pieces.at);
-  if (Tile::of_both) skewed_rows.clear();
+  const SkewedRows<T, Tile, true> skewed_rows(reinterpret_cast<float*>(pieces.at));
   const int own = threadIdx.x / 32 * 16;
+  int row_ids[2];
+  if (p.segment) load_ids(row_ids, p.segment_k + batch * p.segment_k_batch, first_key + own + lane_row(), p.k_len);
   float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
-  Step step = settled({heads_end - sharing, 0});
-  bool loaded = false, follows = false;
-  for (int n = 0; step.head < heads_end; ++n) {
-    if (!loaded) {
-      __syncthreads();  // all are done with what is overwritten
-      load(step, n, follows);
-    }
+  const Step none{heads_end, 0};
+  Step step = none, loaded = none, next = settled({heads_end - sharing, 0});
+  for (int n = 0;; ++n) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    const Step next = settled({step.head, step.block + 1});
-    follows = next.head == step.head && next.block == step.block + 1;
-    loaded = Tile::stages > 1 && follows;
-    if (loaded) load(next, n + 1, true);
+    const bool idle = step.head == heads_end;
+    if (idle && next.head == heads_end) break;
+    // What comes next is copied now if its band takes the place of nothing that this step needs.
+    const bool follows = next.head == loaded.head && next.block == loaded.block + 1;
+    const Step now = step;
+    step = none;
+    if (next.head < heads_end && (idle || (Tile::stages > 1 && follows))) {
+      load(next, n + 1, follows);
+      step = loaded = next, next = settled({next.head, next.block + 1});
+    }
+    if (idle) continue;
     const RelativeQueries<Tile>& info = infos[n % Tile::stages];
 
-    skewed.multiply(rel_queries(n), band, entry(step));
-    if (Tile::of_both) skewed_rows.multiply(keys, band_of_keys, entry(step));
+    skewed.multiply(rel_queries(n), band, entry(now));
+    if (Tile::of_both) skewed_rows.multiply(keys, band_of_keys, entry(now));
     float p_t[1][N][4] = {};  // transposed: rows are keys
     multiply_transposed(p_t, keys, own, queries(n));
     if (Tile::of_both) skewed_rows.add_to(p_t);
     __syncthreads();  // all warps' products are there
     skewed.add_to(p_t);
-    to_weights<Tile>(p_t, p, int64_t(batch) * p.heads + step.head, info, int64_t(step.block) * columns, first_key,
-                     range(step).covers(first_key, first_key + rows));
+    to_weights<Tile>(p_t, p, info, row_ids, first_key, range(now).covers(first_key, first_key + rows));
     uint32_t left[1][N / 2][4];
     as_left<T>(left, p_t);
     multiply(grad_value, left, grads(n));
@@ -161,8 +174,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
     as_left<T>(left, ds_t);
     multiply(grad_key, left, queries(n));
-    if (Tile::of_both) skewed_rows.add_gradient(grad_key, ds_t, band_of_keys, entry(step));
-    step = next;
+    if (Tile::of_both) skewed_rows.add_gradient(grad_key, ds_t, band_of_keys, entry(now));
   }
   ptx::cp_async_wait<0>();
 
@@ -200,7 +212,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   const Band<T, Tile> band{{pieces.take<T>(2 * Band<T, Tile>::elements)}, p};
   const Band<T, Tile> band_of_keys{{pieces.take<T>(Tile::of_both ? 2 * Band<T, Tile>::elements : 0)}, p};
   using Columns = SkewedColumns<T, Tile, false>;
-  const SkewedRows<T, Tile, false> skewed(pieces.take<char>(SkewedRows<T, Tile, false>::bytes));
+  const SkewedRows<T, Tile, false> skewed(pieces.take<float>(SkewedRows<T, Tile, false>::bytes));
   const Columns skewed_columns{pieces.take<float>(Tile::of_both ? Columns::bytes : 0)};
   float* const strips = pieces.take<float>(Tile::stages * 4 * Tile::distances);
   auto& seen = *pieces.take<RelativeSeen<Tile>>(sizeof(RelativeSeen<Tile>));
@@ -236,15 +248,17 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   float lse[2], delta[2], of_other[2] = {}, of_same[2] = {};
   load_rows(lse, w.lse, pair, row, p.q_len), load_rows(delta, w.delta, pair, row, p.q_len);
   float grad_query[1][width / 8][4] = {}, grad_rel_query[1][width / 8][4] = {};
-  skewed.clear();
-  for (int tile = begin; tile < end; ++tile) {
-    if (tile == begin || Tile::stages == 1) {
-      __syncthreads();  // all are done with what is overwritten
-      load(tile);
+  SegmentRows segments;
+  if (p.segment) segments.read(p, pair, row);
+  for (int tile = begin + 1 - Tile::stages; tile < end; ++tile) {
+    if (Tile::stages > 1) ptx::cp_async_wait<0>();
+    __syncthreads();  // with two stages this step's tiles are there, for all; and all are done with the last one's
+    if (tile + Tile::stages - 1 < end) load(tile + Tile::stages - 1);
+    if (tile < begin) continue;
+    if (Tile::stages == 1) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this step's tiles are there, for all
     }
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    if (Tile::stages > 1 && tile + 1 < end) load(tile + 1);
     const int entry = tile * columns, first_key = tile * columns;
 
     skewed.multiply(rel_queries, band, entry);
@@ -258,7 +272,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
     finish_scores<Tile, true>(s, float(p.scale) * kLog2e, strips + tile % Tile::stages * Tile::distances, seen.of,
                               first_key, range.covers(first_key, first_key + columns));
-    const uint32_t same = p.segment ? add_segments<false>(s, p, pair, row, first_key) : 0;
+    const uint32_t same = p.segment ? segments.add_to(s, p, batch, first_key) : 0;
     multiply_transposed(ds, grads, own, values(tile));
     to_score_gradients(ds, s, lse, delta);
     if (p.grad_segment) {

@@ -293,50 +293,51 @@ PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, co
 
 // --- Segments ---
 
-// s += log2(e) segment(query, same or not), s in units of log2. Rows are queries from the lane's first one, `row`, on,
-// and columns keys from `first_column` on, or the other way round. Bit 4 j + e of the result: s[0][j][e] is of a query
-// and a key of the same segment. `pair`: of batch entry and head.
-template <bool rows_are_keys, int N>
-PYEXT_DEVICE uint32_t add_segments(float (&s)[1][N][4], const AttentionProblem& p, int64_t pair, int64_t row,
-                                   int64_t first_column) {
-  const int64_t batch = pair / p.heads;
-  const float* scores = static_cast<const float*>(p.segment) + 2 * pair * p.q_len;
-  const int32_t *of_queries = p.segment_q + batch * p.segment_q_batch,
-                *of_keys = p.segment_k + batch * p.segment_k_batch;
-  const auto id = [&](bool is_key, int64_t at) {
-    return 0 <= at && at < (is_key ? p.k_len : p.q_len) ? (is_key ? of_keys : of_queries)[at] : 0;
-  };
-  const auto score = [&](int64_t query, int same) {
-    return query < p.q_len ? scores[2 * query + same] * kLog2e : 0.0f;
-  };
-  int row_ids[2];
-  float row_scores[2][2];
+// Of two rows of a lane, the first one at `row`; 0 for rows that do not exist.
+PYEXT_DEVICE void load_ids(int (&to)[2], const int32_t* ids, int64_t row, int64_t count) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    row_ids[half] = id(rows_are_keys, row + 8 * half);
+  for (int half = 0; half < 2; ++half) to[half] = row + 8 * half < count ? ids[row + 8 * half] : 0;
+}
+
+// What a lane's two queries add to their scores by segments.
+struct SegmentRows {
+  int ids[2];
+  float2 scores[2];  // of a key of another segment, and of the same one; in units of log2
+
+  // pair: of batch entry and head.
+  PYEXT_DEVICE void read(const AttentionProblem& p, int64_t pair, int64_t row) {
+    load_ids(ids, p.segment_q + pair / p.heads * p.segment_q_batch, row, p.q_len);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) row_scores[half][k] = rows_are_keys ? 0.0f : score(row + 8 * half, k);
-  }
-  uint32_t bits = 0;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t column = first_column + 8 * j + lane_column() + e;
-      const int column_id = id(!rows_are_keys, column);
-      const float scores_of_column[2] = {rows_are_keys ? score(column, 0) : 0.0f,
-                                         rows_are_keys ? score(column, 1) : 0.0f};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool same = row_ids[half] == column_id;
-        const float different = rows_are_keys ? scores_of_column[0] : row_scores[half][0];
-        s[0][j][2 * half + e] += !same ? different : rows_are_keys ? scores_of_column[1] : row_scores[half][1];
-        bits |= uint32_t(same) << (4 * j + 2 * half + e);
-      }
+    for (int half = 0; half < 2; ++half) {
+      scores[half] = {0, 0};
+      if (row + 8 * half < p.q_len)
+        scores[half] = static_cast<const float2*>(p.segment)[pair * p.q_len + row + 8 * half];
+      scores[half].x *= kLog2e, scores[half].y *= kLog2e;
     }
   }
-  return bits;
-}
+
+  // Bit 4 j + e of the result: s[0][j][e] is of a query and a key of the same segment. Keys that do not exist pass for
+  // the nearest one.
+  template <int N>
+  PYEXT_DEVICE uint32_t add_to(float (&s)[1][N][4], const AttentionProblem& p, int64_t batch, int first_key) const {
+    const int32_t* of_keys = p.segment_k + batch * p.segment_k_batch;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int id = of_keys[max(0, min(first_key + 8 * j + lane_column() + e, int(p.k_len) - 1))];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool same = ids[half] == id;
+          s[0][j][2 * half + e] += same ? scores[half].y : scores[half].x;
+          bits |= uint32_t(same) << (4 * j + 2 * half + e);
+        }
+      }
+    }
+    return bits;
+  }
+};
 
 // --- Softmax ---
 

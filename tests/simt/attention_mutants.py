@@ -164,13 +164,13 @@ MUTANTS = [
     ),
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
-    _Forward("scores of segments swapped", "!same ? different", "same ? different", "segments"),
+    _Forward("scores of segments swapped", "same ? scores[half].y", "!same ? scores[half].y", "segments"),
     _Relative(
         "keys before the first are read", "uint64_t(first + row) < uint64_t(count)", "first + row < count", "both"
     ),
     _Relative(
         "most of a band taken as there",
-        "follows = next.head == step.head && next.block == step.block + 1;",
+        "follows = next.head == loaded.head && next.block == loaded.block + 1;",
         "follows = true;",
         "grouped",
     ),

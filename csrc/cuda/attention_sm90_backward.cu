@@ -491,7 +491,7 @@ int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStrea
 
 extern "C" int64_t pyext_cuda_attention_backward_sm90_workspace(const pyext::AttentionProblem& p) {
   using namespace pyext;
-  const bool takes = takes_on_hopper(p, 128) && p.q_len > 0 && p.batch * p.heads > 0 &&
+  const bool takes = !p.rel_index && takes_on_hopper(p, 128) && p.q_len > 0 && p.batch * p.heads > 0 &&
                      fits_tiles(p, p.out, p.grad_out) && fits_map(p.grad_out, p.batch, p.heads, p.q_len);
   return takes ? workspace_of(p, nullptr).bytes : -1;
 }

@@ -31,12 +31,13 @@ class Tile:
     consumers: int
     columns: int
     queries_in_registers: bool
+    relative: bool  # rows of queries
     biased: bool
 
     @classmethod
     def of(cls, kernel: Kernel) -> Tile:
-        numbers, registers, biased = re.search(r"HopperTile<([\d, ]+), (\w+)>, (\w+)", kernel.name).groups()
-        return cls(*map(int, numbers.split(",")), registers == "true", biased == "true")
+        numbers, *flags = re.search(r"HopperTile<([\d, ]+), (\w+), (\w+)>, (\w+)", kernel.name).groups()
+        return cls(*map(int, numbers.split(",")), *(flag == "true" for flag in flags))
 
     @property
     def rows(self) -> int:
@@ -45,13 +46,16 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         panels = -(-self.width // 64)
-        strip = 2 * 4 * (self.rows + self.columns + 4)
-        return (self.rows + 4 * self.columns) * panels * 128 + strip + 32 + 14 * 8
+        tiles, strip = (self.rows + 4 * self.columns) * panels * 128, 2 * 4 * (self.rows + self.columns + 4)
+        if self.relative:  # a tile of strips keeps its place, three bands of relative rows, and products with them
+            return -(-(tiles + strip) // 1024) * 1024 + 3 * 64 * panels * 128 + self.rows * 136 * 4 + 32 + 20 * 8
+        return tiles + strip + 32 + 14 * 8
 
     @property
     def products(self) -> Counter:
         """The wgmma of one tile and warpgroup, by their N: what the arithmetic needs."""
-        return Counter({self.columns: self.width // 16}) + Counter({self.width: self.columns // 16})
+        of_scores = Counter({self.columns: self.width // 16 * (2 if self.relative else 1)})
+        return of_scores + Counter({self.width: self.columns // 16})
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def complaints(kernel: Kernel) -> list[str]:
     if loop.products != tile.products:
         found.append(f"products {dict(loop.products)}, expected {dict(tile.products)}")
     waits, fences = loop.count(r"WARPGROUP\.DEPBAR"), loop.count(r"WARPGROUP\.ARRIVE")
-    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (2, 1)
+    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (3, 2) if tile.relative else (2, 1)
     if (waits, fences) != expected:
         found.append(f"{waits} waits for products and {fences} fences, expected {expected[0]} and {expected[1]}")
     exponentials = loop.under_way("MUFU")
@@ -159,9 +163,10 @@ def _units(kernel: Kernel, tile: Tile | Backward, operands: int, loaded: int) ->
 
 def cycles(kernel: Kernel) -> dict[str, float]:
     tile = Tile.of(kernel)
-    operands = tile.width // 16 * (32 * tile.columns + (0 if tile.queries_in_registers else 2048))
-    operands += tile.columns // 16 * 32 * tile.width
-    loaded = 4 * tile.columns * tile.width + (4 * (tile.rows + tile.columns) if tile.biased else 0)
+    operands = sum(times * 32 * n for n, times in tile.products.items())
+    operands += 0 if tile.queries_in_registers else tile.width // 16 * 2048
+    loaded = (6 if tile.relative else 4) * tile.columns * tile.width
+    loaded += 4 * (tile.rows + tile.columns) if tile.biased else 0
     return _units(kernel, tile, operands, loaded)
 
 

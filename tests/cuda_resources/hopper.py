@@ -40,6 +40,10 @@ class Tile:
         return cls(*map(int, numbers.split(",")), *(flag == "true" for flag in flags))
 
     @property
+    def bias(self) -> str:
+        return "relative rows" if self.relative else "diagonal" if self.biased else ""
+
+    @property
     def rows(self) -> int:
         return 64 * self.consumers
 
@@ -221,7 +225,7 @@ def of_units() -> Iterator[str]:
         for kernel in hopper_kernels():
             if "<bf16" in kernel.name:
                 tile, units = Tile.of(kernel), cycles(kernel)
-                cells = [tile.width, f"{tile.rows} x {tile.columns}", "yes" if tile.biased else ""]
+                cells = [tile.width, f"{tile.rows} x {tile.columns}", tile.bias]
                 cells += [f"{tile.shared_bytes / 1024:.0f} KiB", *(units[name] for name in NAMES)]
                 yield [*cells, "{:.0f} of {:.0f}".format(*softmax_path(kernel)), *predicted(kernel)]
 
@@ -236,12 +240,12 @@ def of_calls() -> Iterator[str]:
     def rows() -> Iterator[list]:
         for kernel, causal in itertools.product(hopper_kernels(), (False, True)):
             tile = Tile.of(kernel)
-            for_the_other = tile.width == 128 and causal == (tile.columns > 128)
+            for_the_other = tile.width == 128 and not tile.relative and causal == (tile.columns > 128)
             if "<bf16" not in kernel.name or 2048 % tile.width or for_the_other:
                 continue
             pairs = [16384 // length * 2048 // tile.width for length in lengths]
             calls = [predicted_call(kernel, n, length, causal) for n, length in zip(pairs, lengths)]
-            yield [tile.width, "yes" if tile.biased else "", "causal" if causal else "none", *calls]
+            yield [tile.width, tile.bias, "causal" if causal else "none", *calls]
 
     return table(("width", "bias", "mask", *map(str, lengths)), rows())
 

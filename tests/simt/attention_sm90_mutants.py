@@ -208,12 +208,6 @@ MUTANTS += [
     _backward("the first row's delta for both", "causal", "row_delta[e / 2]", "row_delta[0]"),
     _backward("second row sees all, backward", "causal", "hide_unseen(s[0], 1, keys[1], first_key, 0);"),
     _backward("all queries see all keys", "causal", "if (all) return;  // in", "return;  // in"),
-    _backward(
-        "queries released before all lanes have them, backward",
-        "slopes",
-        "grads(shared.block(1));\n      __syncwarp();",
-        "grads(shared.block(1));",
-    ),
     _backward("sums of diagonals overwritten while they are read", "slopes", "shared.sums_ring().wait_empty(count);"),
     _backward("sums of diagonals read too early", "slopes", "shared.sums_ring().wait_full(count);"),
     _backward(

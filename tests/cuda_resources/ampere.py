@@ -147,7 +147,7 @@ class Prediction:
 def predictions(stem: str) -> list[Prediction]:
     source = next(source for source in SOURCES if source.stem == stem)
     every = [Prediction.of(k) for k in kernels(source, "sm_80") if "<bf16" in k.name and k.uses("HMMA")]
-    return [prediction for prediction in every if prediction]
+    return sorted((p for p in every if p), key=lambda p: (p.tile.kind, p.tile.width))
 
 
 def _cells(p: Prediction) -> list:

@@ -217,7 +217,8 @@ def predicted_call(kernel: Kernel, pairs: int, length: int, causal: bool) -> flo
 
 def hopper_kernels(stem: str = "attention_sm90") -> list[Kernel]:
     source = next(source for source in SOURCES if source.stem == stem)
-    return [kernel for kernel in kernels(source, "sm_90a") if "_sm90" in kernel.name]
+    found = [kernel for kernel in kernels(source, "sm_90a") if "_sm90" in kernel.name]
+    return sorted(found, key=lambda kernel: [int(number) for number in re.findall(r"\d+", kernel.name)])
 
 
 def of_units() -> Iterator[str]:

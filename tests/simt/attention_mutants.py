@@ -143,6 +143,7 @@ MUTANTS = [
     _Backward("masked pairs count", "if (!stage", "if (false && !stage", "causal"),
     _Backward("a strip off by one", "at - query + kStepRows - 1", "at - query + kStepRows", "diagonal"),
     _Backward("keys' gradients without the scale", "grad_key, scaled);", "grad_key, plain);", "plain"),
+    _Backward("the last tile's diagonals left out", "sums.finish_warp(carried);", "", "diagonal"),
     _Backward("diagonals of lower rows to the right", "(upper ? -bit : bit)", "bit", "diagonal"),
     _Backward("diagonals of the neighbouring octet", "+ e >= g ? block", "+ e > g ? block", "diagonal"),
     _Backward("sums of warps read too early", "__syncthreads();\n        sums.add_to", "sums.add_to", "diagonal"),

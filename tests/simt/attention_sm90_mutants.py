@@ -217,6 +217,7 @@ MUTANTS += [
         "sum_warp(ds);",
     ),
     _backward("entries of strips change hands", "slopes", "(thread - start) % kSummingThreads", "thread"),
+    _backward("carried diagonals forgotten", "slopes", "term + carried[o][e]", "term"),
     _backward("diagonals of lower rows to the right", "slopes", "(upper ? -bit : bit)", "bit"),
     _backward(
         "steps of heads that share keys left out",

@@ -68,8 +68,12 @@ PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QuerySta
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (!stage.seen[8 * j + lane_column() + e % 2].holds(first_key + row + e / 2 * 8)) p_t[0][j][e] = 0;
+    for (int e = 0; e < 2; ++e) {
+      const Interval seen = stage.seen[8 * j + lane_column() + e];
+      const int key = first_key + row - seen.begin, length = seen.end - seen.begin;
+      p_t[0][j][e] = unsigned(key) < unsigned(length) ? p_t[0][j][e] : 0;
+      p_t[0][j][e + 2] = unsigned(key + 8) < unsigned(length) ? p_t[0][j][e + 2] : 0;
+    }
   }
 }
 

@@ -140,7 +140,7 @@ MUTANTS = [
         "begin <= from && from < end",
         "documents",
     ),
-    _Backward("masked pairs count", "if (!stage", "if (false && !stage", "causal"),
+    _Backward("masked pairs count", "unsigned(key) < unsigned(length)", "true", "causal"),
     _Backward("a strip off by one", "at - query + kStepRows - 1", "at - query + kStepRows", "diagonal"),
     _Backward("keys' gradients without the scale", "grad_key, scaled);", "grad_key, plain);", "plain"),
     _Backward("the last tile's diagonals left out", "sums.finish_warp(carried);", "", "diagonal"),

@@ -68,8 +68,12 @@ PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QuerySta
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (!stage.seen[8 * j + lane_column() + e % 2].holds(first_key + row + e / 2 * 8)) p_t[0][j][e] = 0;
+    for (int e = 0; e < 2; ++e) {
+      const Interval seen = stage.seen[8 * j + lane_column() + e];
+      const int key = first_key + row - seen.begin, length = seen.end - seen.begin;
+      p_t[0][j][e] = unsigned(key) < unsigned(length) ? p_t[0][j][e] : 0;
+      p_t[0][j][e + 2] = unsigned(key + 8) < unsigned(length) ? p_t[0][j][e + 2] : 0;
+    }
   }
 }
 
@@ -89,51 +93,67 @@ struct QueryTile {
   static constexpr int M = 1, N = kN, columns = kStepRows, rows = kBlockRows, strip = rows + columns;
 };
 
-// Sums of a tile of dS along its diagonals. A warp's 16 rows have diagonals in octets: lane (g, t) holds, of each 8 x 8
-// block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet.
+// Sums of tiles of dS along their diagonals. A warp's 16 rows have diagonals in octets: lane (g, t) holds, of each 8 x
+// 8 block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every
+// octet. The last two octets of a tile are the first two of the next one, to its right: their terms are carried there.
 struct Diagonals {
-  static constexpr int octets = kN + 2, count = 8 * octets;  // of a warp, the first at distance -16 from its corner
-  static constexpr int half = octets / 2, quarter = (half + 1) / 2, eighth = (quarter + 1) / 2;
-  static constexpr int entries = kBlockRows + kStepRows - 1, floats = kWarps * count;
-  float* sums;  // (warps, octets, 8 diagonals)
+  static constexpr int half = kN / 2, quarter = (half + 1) / 2, eighth = (quarter + 1) / 2;
+  static constexpr int entries = kBlockRows + kStepRows - 16, floats = kWarps * kStepRows;
+  float* sums;  // (warps, octets, 8 diagonals), of a warp the first at distance -16 from its corner
 
   PYEXT_DEVICE explicit Diagonals(float* shared) : sums(shared) {}
 
-  PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4]) const {
+  PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4], float (&carried)[2][2]) const {
     const int g = lane_row();
     // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, both halves of the rows added.
     const auto block = [&](int d, int e) {
       return (d >= 0 && d < kN ? ds[0][d][e] : 0.0f) + (d >= -1 && d < kN - 1 ? ds[0][d + 1][2 + e] : 0.0f);
     };
-    float terms[octets][2], of_half[half][2], of_quarter[quarter][2], own[eighth][2];
+    float terms[kN][2], of_half[half][2], of_quarter[quarter][2], own[eighth][2];
 #pragma unroll
-    for (int o = 0; o < octets; ++o) {
+    for (int o = 0; o < kN + 2; ++o) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) terms[o][e] = lane_column() + e >= g ? block(o - 2, e) : block(o - 1, e);
+      for (int e = 0; e < 2; ++e) {
+        const float term = lane_column() + e >= g ? block(o - 2, e) : block(o - 1, e);
+        if (o < kN)
+          terms[o][e] = o < 2 ? term + carried[o][e] : term;
+        else
+          carried[o - kN][e] = term;
+      }
     }
     halve<1>(of_half, terms), halve<2>(of_quarter, of_half), halve<4>(own, of_quarter);
-    float* const to = sums + threadIdx.x / 32 * count + (g & 1) * half * 8;
+    float* const to = sums + threadIdx.x / 32 * kStepRows + (g & 1) * half * 8;
 #pragma unroll
     for (int k = 0; k < eighth; ++k) {
       const int in_quarter = (g >> 2) * eighth + k, in_half = (g >> 1 & 1) * quarter + in_quarter;
-      if (in_quarter >= quarter || in_half >= half) continue;  // not all can be halved
+      if (in_quarter >= quarter) continue;  // fewer than eight octets
 #pragma unroll
       for (int e = 0; e < 2; ++e) to[8 * in_half + (lane_column() + e - g & 7)] = own[k][e];
     }
   }
 
-  // Of the tile's entry i, after all warps' sums are there: 0 is that of its last row and first column.
+  // After the last tile: what it carries, as a tile to its right.
+  PYEXT_DEVICE void finish_warp(float (&carried)[2][2]) const {
+    const float nothing[1][kN][4] = {};
+    sum_warp(nothing, carried);
+  }
+
+  // Of entry i, after all warps' sums are there: 0 is that of the last warp's first octet, at the distance of the row
+  // below the tile's last one from its first column.
   PYEXT_DEVICE float of(int i) const {
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      const int at = i - (kBlockRows - 1) + 16 * warp + 16;
-      if (0 <= at && at < count) sum += sums[warp * count + at];
+      const int at = i - kBlockRows + 16 * (warp + 1);
+      if (0 <= at && at < kStepRows) sum += sums[warp * kStepRows + at];
     }
     return sum;
   }
+  static PYEXT_DEVICE int64_t start(const AttentionProblem& p, int64_t first_query, int64_t first_key) {
+    return strip_start(p, first_query + kBlockRows, first_key);
+  }
 
-  // Adds the tile's diagonals to a strip in global memory that nobody else adds to; entry 0 at `start` of the strip.
+  // Adds all entries to a strip in global memory that nobody else adds to; entry 0 at `start` of the strip.
   PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
     const int i = threadIdx.x;
     if (i < entries && start + i >= 0 && start + i < length) strip[start + i] += of(i);

@@ -345,8 +345,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int block = last_block; block >= 0; block -= per_head) {
         const int first = block * kBlockRows;
         const Interval tiles = tiles_of(find_visible<kBlockRows>(p, batch, first));
-        for (int tile = tiles.begin; tile < tiles.end; ++tile, ++count) {
-          const int64_t start = strip_start(p, int64_t(first) + kBlockRows - 1, int64_t(tile) * kStepRows);
+        for (int tile = tiles.begin; tile <= tiles.end; ++tile, ++count) {  // and what the last one carries
+          const int64_t start = Diagonals::start(p, first, int64_t(tile) * kStepRows);
           const Diagonals sums(shared.other().sums[count % kStages]);
           const int entry = int((thread - start) % kSummingThreads);
           shared.sums_ring().wait_full(count);
@@ -362,6 +362,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const auto consume = [&] {
     const int own = threadIdx.x / 32 * 16;
     unsigned count = 0, n = 0;
+    // Sums are counted as tiles are, and one more for every block before.
+    const auto hand_on = [&](unsigned at, const auto& write) {
+      shared.sums_ring().wait_empty(at);
+      write(Diagonals(shared.other().sums[at % kStages]));
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.sums_ring().barrier(at));
+    };
     for (int block = last_block; block >= 0; block -= per_head, ++n) {
       const int first = block * kBlockRows;
       Interval keys[2];
@@ -372,7 +379,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         row_lse[half] = row < p.q_len ? lse[at] : 0.0f, row_delta[half] = row < p.q_len ? delta[at] : 0.0f;
         keys[half] = visible(p, batch, row);
       }
-      float grad_query[1][width / 8][4] = {}, s[1][kN][4], ds[1][kN][4];
+      float grad_query[1][width / 8][4] = {}, s[1][kN][4], ds[1][kN][4], carried[2][2] = {};
       uint32_t left[1][kN / 2][4];
       items.wait_full(n);
       const Range seen = shared.other().seen;
@@ -420,17 +427,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         ptx::wgmma_pin(left[0]), ptx::wgmma_pin(flat(grad_query));
         ptx::wgmma_fence();
         issue_product(grad_query, left, shared.step(0, count));
-        if (diagonals) {
-          shared.sums_ring().wait_empty(count);
-          Diagonals(shared.other().sums[count % kStages]).sum_warp(ds);
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.sums_ring().barrier(count));
-        }
+        if constexpr (diagonals) hand_on(count + n, [&](const Diagonals& sums) { sums.sum_warp(ds, carried); });
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(flat(grad_query));
         __syncwarp();  // all lanes are done with the strip
         key_ring.release(count);
       }
+      if constexpr (diagonals) hand_on(count + n, [&](const Diagonals& sums) { sums.finish_warp(carried); });
       const float scaled[1][2] = {{float(p.scale), float(p.scale)}};
       store_rows(static_cast<T*>(p.grad_query.data) + batch * p.grad_query.batch + head * p.grad_query.head,
                  p.grad_query.row, int64_t(first) + own, p.q_len, p.head_dim, grad_query, scaled);
@@ -491,7 +494,7 @@ int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStrea
 
 extern "C" int64_t pyext_cuda_attention_backward_sm90_workspace(const pyext::AttentionProblem& p) {
   using namespace pyext;
-  const bool takes = takes_on_hopper(p, 128) && p.q_len > 0 && p.batch * p.heads > 0 &&
+  const bool takes = !p.rel_index && takes_on_hopper(p, 128) && p.q_len > 0 && p.batch * p.heads > 0 &&
                      fits_tiles(p, p.out, p.grad_out) && fits_map(p.grad_out, p.batch, p.heads, p.q_len);
   return takes ? workspace_of(p, nullptr).bytes : -1;
 }

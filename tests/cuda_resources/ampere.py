@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ class Tile:
     warps: int
     rows: int
     columns: int
-    biased: bool
+    bias: str
     flops: int  # that count: two products forward, five backward, of which each of two kernels has its share
     shared: int  # bytes
 
@@ -41,13 +42,14 @@ class Tile:
             kind = {"Forward": "forward", "Relative": "relative"}[match[1]] + (", both" if match[2] else "")
             tiles = TILES[width]
             shared = {"forward": tiles.forward, "relative": tiles.relative}.get(kind, tiles.relative_both)
-            rows, biased = 16 * m * warps, match[7] == "true"
-            return cls(kind, width, warps, rows, columns, biased, 4 * rows * columns * width, shared)
+            rows, bias = 16 * m * warps, "diagonal" if match[7] == "true" else ""
+            return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, shared)
         which, width, *flags = re.search(r"_(keys|queries)<\w+, (\d+), (\w+)(?:, (\w+))?", kernel.name).groups()
         gradient = flags[1] == "true"
         shared = TILES[int(width)].strip_gradient if gradient else TILES[int(width)].backward
         kind = "dK, dV" if which == "keys" else "dQ"
-        return cls(kind, int(width), 8, 128, 64, flags[0] == "true", 10 * 128 * 64 * int(width), shared)
+        bias = "with gradient" if gradient else "diagonal" if flags[0] == "true" else ""
+        return cls(kind, int(width), 8, 128, 64, bias, 10 * 128 * 64 * int(width), shared)
 
 
 def code(kernel: Kernel) -> list[tuple[Instruction, int]]:
@@ -145,34 +147,40 @@ class Prediction:
 def predictions(stem: str) -> list[Prediction]:
     source = next(source for source in SOURCES if source.stem == stem)
     every = [Prediction.of(k) for k in kernels(source, "sm_80") if "<bf16" in k.name and k.uses("HMMA")]
-    return [prediction for prediction in every if prediction]
+    return sorted((p for p in every if p), key=lambda p: (p.tile.kind, p.tile.width))
 
 
-def of_units(stem: str) -> Iterator[str]:
-    def rows() -> Iterator[list]:
-        for p in predictions(stem):
-            t, bound = p.tile, A100.rate(p.tile.flops, p.cycles)
-            cells = [t.kind, t.width, f"{t.rows} x {t.columns}", "yes" if t.biased else "", p.blocks]
-            yield [*cells, *(p.units[name] for name in NAMES), p.alone, p.limit, bound, bound * EFFICIENCY]
+def _cells(p: Prediction) -> list:
+    t = p.tile
+    cells = [t.kind, t.width, f"{t.rows} x {t.columns}", t.bias, p.blocks, *(p.units[name] for name in NAMES)]
+    return [*cells, p.alone, p.limit]
 
-    titles = (
-        "kernel",
-        "width",
-        "rows x keys",
-        "bias",
-        "blocks",
-        *NAMES,
-        "a warp alone",
-        "limit",
-        "at most",
-        "predicted",
-    )
-    return table(titles, rows())
+
+def _speed(flops: float, cycles: float) -> list:
+    bound = A100.rate(flops, cycles)
+    return [bound, bound * EFFICIENCY, f"{bound * EFFICIENCY / A100.peak:.0%}"]
+
+
+def of_forward() -> Iterator[list]:
+    for p in predictions("attention_sm80"):
+        yield [*_cells(p), *_speed(p.tile.flops, p.cycles)]
+
+
+def of_backward() -> Iterator[list]:
+    """The speed is that of both kernels together."""
+    every = {(p.tile.kind, p.tile.width, p.tile.bias): p for p in predictions("attention_sm80_backward")}
+    for width, bias in itertools.product((64, 96, 128), ("", "with gradient")):
+        keys, queries = every["dK, dV", width, "diagonal" if bias else ""], every["dQ", width, bias]
+        yield [*_cells(keys), "", "", ""]
+        yield [*_cells(queries), *_speed(queries.tile.flops, keys.cycles + queries.cycles)]
 
 
 def main() -> None:
-    for stem in ("attention_sm80", "attention_sm80_backward"):
-        print("\n".join(of_units(stem)))
+    titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit")
+    speeds = ("at most", "predicted", "of peak")
+    print("\n".join(table((*titles, *speeds), of_forward())))
+    print()
+    print("\n".join(table((*titles, *speeds), of_backward())))
 
 
 if __name__ == "__main__":

@@ -31,12 +31,17 @@ class Tile:
     consumers: int
     columns: int
     queries_in_registers: bool
+    relative: bool  # rows of queries
     biased: bool
 
     @classmethod
     def of(cls, kernel: Kernel) -> Tile:
-        numbers, registers, biased = re.search(r"HopperTile<([\d, ]+), (\w+)>, (\w+)", kernel.name).groups()
-        return cls(*map(int, numbers.split(",")), registers == "true", biased == "true")
+        numbers, *flags = re.search(r"HopperTile<([\d, ]+), (\w+), (\w+)>, (\w+)", kernel.name).groups()
+        return cls(*map(int, numbers.split(",")), *(flag == "true" for flag in flags))
+
+    @property
+    def bias(self) -> str:
+        return "relative rows" if self.relative else "diagonal" if self.biased else ""
 
     @property
     def rows(self) -> int:
@@ -45,13 +50,16 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         panels = -(-self.width // 64)
-        strip = 2 * 4 * (self.rows + self.columns + 4)
-        return (self.rows + 4 * self.columns) * panels * 128 + strip + 32 + 14 * 8
+        tiles, strip = (self.rows + 4 * self.columns) * panels * 128, 2 * 4 * (self.rows + self.columns + 4)
+        if self.relative:  # a tile of strips keeps its place, three bands of relative rows, and products with them
+            return -(-(tiles + strip) // 1024) * 1024 + 3 * 64 * panels * 128 + self.rows * 136 * 4 + 32 + 20 * 8
+        return tiles + strip + 32 + 14 * 8
 
     @property
     def products(self) -> Counter:
         """The wgmma of one tile and warpgroup, by their N: what the arithmetic needs."""
-        return Counter({self.columns: self.width // 16}) + Counter({self.width: self.columns // 16})
+        of_scores = Counter({self.columns: self.width // 16 * (2 if self.relative else 1)})
+        return of_scores + Counter({self.width: self.columns // 16})
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def complaints(kernel: Kernel) -> list[str]:
     if loop.products != tile.products:
         found.append(f"products {dict(loop.products)}, expected {dict(tile.products)}")
     waits, fences = loop.count(r"WARPGROUP\.DEPBAR"), loop.count(r"WARPGROUP\.ARRIVE")
-    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (2, 1)
+    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (3, 2) if tile.relative else (2, 1)
     if (waits, fences) != expected:
         found.append(f"{waits} waits for products and {fences} fences, expected {expected[0]} and {expected[1]}")
     exponentials = loop.under_way("MUFU")
@@ -159,9 +167,10 @@ def _units(kernel: Kernel, tile: Tile | Backward, operands: int, loaded: int) ->
 
 def cycles(kernel: Kernel) -> dict[str, float]:
     tile = Tile.of(kernel)
-    operands = tile.width // 16 * (32 * tile.columns + (0 if tile.queries_in_registers else 2048))
-    operands += tile.columns // 16 * 32 * tile.width
-    loaded = 4 * tile.columns * tile.width + (4 * (tile.rows + tile.columns) if tile.biased else 0)
+    operands = sum(times * 32 * n for n, times in tile.products.items())
+    operands += 0 if tile.queries_in_registers else tile.width // 16 * 2048
+    loaded = (6 if tile.relative else 4) * tile.columns * tile.width
+    loaded += 4 * (tile.rows + tile.columns) if tile.biased else 0
     return _units(kernel, tile, operands, loaded)
 
 
@@ -208,7 +217,8 @@ def predicted_call(kernel: Kernel, pairs: int, length: int, causal: bool) -> flo
 
 def hopper_kernels(stem: str = "attention_sm90") -> list[Kernel]:
     source = next(source for source in SOURCES if source.stem == stem)
-    return [kernel for kernel in kernels(source, "sm_90a") if "_sm90" in kernel.name]
+    found = [kernel for kernel in kernels(source, "sm_90a") if "_sm90" in kernel.name]
+    return sorted(found, key=lambda kernel: [int(number) for number in re.findall(r"\d+", kernel.name)])
 
 
 def of_units() -> Iterator[str]:
@@ -216,7 +226,7 @@ def of_units() -> Iterator[str]:
         for kernel in hopper_kernels():
             if "<bf16" in kernel.name:
                 tile, units = Tile.of(kernel), cycles(kernel)
-                cells = [tile.width, f"{tile.rows} x {tile.columns}", "yes" if tile.biased else ""]
+                cells = [tile.width, f"{tile.rows} x {tile.columns}", tile.bias]
                 cells += [f"{tile.shared_bytes / 1024:.0f} KiB", *(units[name] for name in NAMES)]
                 yield [*cells, "{:.0f} of {:.0f}".format(*softmax_path(kernel)), *predicted(kernel)]
 
@@ -231,12 +241,12 @@ def of_calls() -> Iterator[str]:
     def rows() -> Iterator[list]:
         for kernel, causal in itertools.product(hopper_kernels(), (False, True)):
             tile = Tile.of(kernel)
-            for_the_other = tile.width == 128 and causal == (tile.columns > 128)
+            for_the_other = tile.width == 128 and not tile.relative and causal == (tile.columns > 128)
             if "<bf16" not in kernel.name or 2048 % tile.width or for_the_other:
                 continue
             pairs = [16384 // length * 2048 // tile.width for length in lengths]
             calls = [predicted_call(kernel, n, length, causal) for n, length in zip(pairs, lengths)]
-            yield [tile.width, "yes" if tile.biased else "", "causal" if causal else "none", *calls]
+            yield [tile.width, tile.bias, "causal" if causal else "none", *calls]
 
     return table(("width", "bias", "mask", *map(str, lengths)), rows())
 

@@ -154,6 +154,37 @@ MUTANTS = [
     ),
 ]
 
+MUTANTS += [
+    Mutant("bands overwritten while they are read", "relative, clipped", "ring.wait_empty(bands);"),
+    Mutant("relative queries over queries", "relative, clipped", "shared.items().wait_empty(++n);", "++n;"),
+    Mutant(
+        "bands released before they are read",
+        "relative, clipped",
+        "ptx::wgmma_wait<0>();\n    ptx::wgmma_pin(flat(s));\n    ring.release(n);",
+        "ring.release(n);\n ptx::wgmma_wait<0>();\n ptx::wgmma_pin(flat(s));",
+    ),
+    Mutant(
+        "products of bands overwritten while lanes read them",
+        "relative",
+        "__syncwarp();  // all lanes have read what is overwritten",
+    ),
+    Mutant(
+        "products of bands read before all lanes have stored them",
+        "relative",
+        "store(s[0], count);\n    __syncwarp();",
+        "store(s[0], count);",
+    ),
+    Mutant("products of the other tile", "relative", "tile % 2 ? 0 : kBand", "tile % 2 ? kBand : 0"),
+    Mutant(
+        "the first warpgroup keeps the last band",
+        "relative, clipped",
+        "if (Tile::relative && group == 0)",
+        "if (Tile::relative && group == 2)",
+    ),
+    Mutant("distances off by one", "relative", "all.origin + p.q_len - 1", "all.origin + p.q_len"),
+    Mutant("the first head's rows", "relative, clipped", "p.rel_q_heads == 1 ? 0 : head", "0"),
+]
+
 
 def _backward(title: str, probe: str, old: str, new: str = "") -> Mutant:
     return Mutant(title, probe, old, new, "attention_sm90_backward")
@@ -177,12 +208,6 @@ MUTANTS += [
     _backward("the first row's delta for both", "causal", "row_delta[e / 2]", "row_delta[0]"),
     _backward("second row sees all, backward", "causal", "hide_unseen(s[0], 1, keys[1], first_key, 0);"),
     _backward("all queries see all keys", "causal", "if (all) return;  // in", "return;  // in"),
-    _backward(
-        "queries released before all lanes have them, backward",
-        "slopes",
-        "grads(shared.block(1));\n      __syncwarp();",
-        "grads(shared.block(1));",
-    ),
     _backward("sums of diagonals overwritten while they are read", "slopes", "shared.sums_ring().wait_empty(count);"),
     _backward("sums of diagonals read too early", "slopes", "shared.sums_ring().wait_full(count);"),
     _backward(
@@ -192,6 +217,7 @@ MUTANTS += [
         "sum_warp(ds);",
     ),
     _backward("entries of strips change hands", "slopes", "(thread - start) % kSummingThreads", "thread"),
+    _backward("carried diagonals forgotten", "slopes", "term + carried[o][e]", "term"),
     _backward("diagonals of lower rows to the right", "slopes", "(upper ? -bit : bit)", "bit"),
     _backward(
         "steps of heads that share keys left out",

@@ -64,7 +64,7 @@ inline bool fits_map(const Input& t, int64_t batch, int64_t heads, int64_t lengt
 // Whether these kernels take a problem whose rows have at most `widest` features. The highest score must be that of the
 // largest product, so its scale is positive.
 inline bool takes_on_hopper(const AttentionProblem& p, int64_t widest) {
-  return fits_tiles(p, p.query, p.key, p.value) && fits_map(p.query, p.batch, p.heads, p.q_len) &&
+  return !p.segment && fits_tiles(p, p.query, p.key, p.value) && fits_map(p.query, p.batch, p.heads, p.q_len) &&
          fits_map(p.key, p.batch, p.kv_heads, p.k_len) && fits_map(p.value, p.batch, p.kv_heads, p.k_len) &&
          p.k_len > 0 && max_of(p.head_dim, p.value_dim) <= widest && float(p.scale) * kLog2e > 0;
 }

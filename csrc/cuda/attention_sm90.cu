@@ -231,6 +231,13 @@ struct Consumer {
       issue_transposed<T, width, Tile::rows>(s, shared.queries() + group * 64 * kPanel, shared.keys(tile));
   }
 
+  // A band that the other warpgroup alone needs.
+  PYEXT_DEVICE void leave_band(unsigned n) {
+    shared.band_ring().wait_full(n);
+    __syncwarp();  // a lane that comes late could find a later phase
+    shared.band_ring().release(n);
+  }
+
   // Products of the warpgroup's queries and the n-th band go to the ring of products. The band is what tile `count` has
   // of distances that the tile before it had not.
   PYEXT_DEVICE void multiply_band(unsigned n, unsigned count) {
@@ -275,7 +282,7 @@ struct Consumer {
     int tile = work.end() - 1;
     if constexpr (Tile::relative) {
       // The second warpgroup's queries are a band further down; the first one does not need the last band.
-      if (group == 1) shared.band_ring().wait_full(band), shared.band_ring().release(band), ++band;
+      if (group == 1) leave_band(band++);
       multiply_band(band, count - 1);
       multiply_band(++band, count);
     }
@@ -319,7 +326,7 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(flat(out));
     value_ring.release(count);
-    if (Tile::relative && group == 0) shared.band_ring().wait_full(band + 1), shared.band_ring().release(band + 1);
+    if (Tile::relative && group == 0) leave_band(band + 1);
   }
 
   PYEXT_DEVICE void run() {

@@ -133,9 +133,7 @@ RELATIVE = [
     case(Shape(1, 2, 2, 70, 130, 64, 64), disentangled(buckets=16, max_position=60)),
     case(Shape(2, 2, 1, 97, 60, 72, 64), disentangled(batched=True), padding(), t5()),
     case(Shape(2, 2, 2, 70, 97, 64, 64), transformer_xl("xlnet"), segment()),
-    case(
-        Shape(1, 2, 2, 65, 40, 128, 128), transformer_xl("xlnet", batched=True), segment(batched=False), causal()
-    ),
+    case(Shape(1, 2, 2, 65, 40, 128, 128), transformer_xl("xlnet", batched=True), segment(batched=False), causal()),
     case(Shape(1, 3, 3, 33, 90, 64, 32), disentangled(), segment(count=3), diagonal("1"), padding()),
     case(Shape(1, 2, 2, 33, 33, 128, 128), disentangled(heads="1"), causal(), layout="padded_rows"),
     case(Shape(1, 2, 2, 1, 77, 64, 64), transformer_xl()),

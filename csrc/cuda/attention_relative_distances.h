@@ -253,17 +253,23 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t groups_b = w.group_batch / batches, groups_h = w.group_heads / heads;
   float sum[4] = {};
   const int64_t share = ceil_div(length, 32 * kWarps) * 32, end = min(length, (warp + 1) * share);
-  for (int64_t first = warp * share; first < end; first += 32) {
-    const int64_t own = first + lane;
-    unsigned found = __ballot_sync(~0u, own < end && (index ? index[own] : own) == row);
-    for (; found; found &= found - 1) {
-      const int64_t u = first + __ffs(int(found)) - 1;
-      for (int64_t n = 0; n < groups_b * groups_h * w.parts; ++n) {
-        const int64_t group_batch = batch + n / w.parts / groups_h, group_head = head + n / w.parts % groups_h;
-        const int64_t slot = (group_batch * w.group_heads + group_head) * w.parts + n % w.parts;
+  for (int64_t n = 0; n < groups_b * groups_h * w.parts; ++n) {
+    const int64_t group_batch = batch + n / w.parts / groups_h, group_head = head + n / w.parts % groups_h;
+    const int64_t slot = (group_batch * w.group_heads + group_head) * w.parts + n % w.parts;
+    const float* from = by_distance + slot * length * features + lane;
+    const auto add = [&](int64_t u) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (lane + 32 * i < features) sum[i] += by_distance[(slot * length + u) * features + lane + 32 * i];
+      for (int i = 0; i < 4; ++i)
+        if (lane + 32 * i < features) sum[i] += from[u * features + 32 * i];
+    };
+    for (int64_t first = warp * share; first < end; first += 32) {
+      const int64_t own = first + lane;
+      unsigned found = __ballot_sync(~0u, own < end && (index ? index[own] : own) == row);
+      if (found == ~0u) {  // clipped distances: many loads on their way at once
+#pragma unroll 8
+        for (int u = 0; u < 32; ++u) add(first + u);
+      } else {
+        for (; found; found &= found - 1) add(first + __ffs(int(found)) - 1);
       }
     }
   }

@@ -21,7 +21,7 @@ template <class Tile>
 struct RelativeQueries {
   float strip[Tile::distances], lse[Tile::columns], delta[Tile::columns];
   Interval seen[Tile::columns];
-  float2 segments[Tile::columns];
+  float segments[Tile::columns][2];
   int segment_ids[Tile::columns];
 };
 
@@ -51,7 +51,7 @@ PYEXT_DEVICE void to_weights(float (&s)[1][Tile::N][4], const AttentionProblem& 
   if (p.segment)
     for_each([&](float& x, int key, int query) {
       const bool same = row_ids[(key - row) / 8] == stage.segment_ids[query];
-      x = fmaf(same ? stage.segments[query].y : stage.segments[query].x, kLog2e, x);
+      x += stage.segments[query][same];
     });
   for_each([&](float& x, int, int query) { x = ptx::exp2_approx(x - stage.lse[query]); });
   if (!all)
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     info.seen[threadIdx.x] = visible(p, batch, query);
     if (!p.segment || query >= p.q_len) return;
     info.segment_ids[threadIdx.x] = p.segment_q[batch * p.segment_q_batch + query];
-    info.segments[threadIdx.x] = static_cast<const float2*>(p.segment)[pair * p.q_len + query];
+#pragma unroll
+    for (int same = 0; same < 2; ++same) info.segments[threadIdx.x][same] = segment_score(p, pair, query, same);
   };
 
   load_tile<Tile::threads, rows>(keys, rows_of<T>(p.key, batch, kv_head), p.key.row, first_key, p.k_len, p.head_dim);

@@ -299,20 +299,23 @@ PYEXT_DEVICE void load_ids(int (&to)[2], const int32_t* ids, int64_t row, int64_
   for (int half = 0; half < 2; ++half) to[half] = row + 8 * half < count ? ids[row + 8 * half] : 0;
 }
 
+// In units of log2. pair: of batch entry and head; same: whether the key is of the query's segment.
+PYEXT_DEVICE float segment_score(const AttentionProblem& p, int64_t pair, int64_t query, int same) {
+  return static_cast<const float*>(p.segment)[2 * (pair * p.q_len + query) + same] * kLog2e;
+}
+
 // What a lane's two queries add to their scores by segments.
 struct SegmentRows {
   int ids[2];
-  float2 scores[2];  // of a key of another segment, and of the same one; in units of log2
+  float scores[2][2];  // of a key of another segment, and of the same one; in units of log2
 
-  // pair: of batch entry and head.
   PYEXT_DEVICE void read(const AttentionProblem& p, int64_t pair, int64_t row) {
     load_ids(ids, p.segment_q + pair / p.heads * p.segment_q_batch, row, p.q_len);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scores[half] = {0, 0};
-      if (row + 8 * half < p.q_len)
-        scores[half] = static_cast<const float2*>(p.segment)[pair * p.q_len + row + 8 * half];
-      scores[half].x *= kLog2e, scores[half].y *= kLog2e;
+#pragma unroll
+      for (int same = 0; same < 2; ++same)
+        scores[half][same] = row + 8 * half < p.q_len ? segment_score(p, pair, row + 8 * half, same) : 0.0f;
     }
   }
 
@@ -330,7 +333,7 @@ struct SegmentRows {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const bool same = ids[half] == id;
-          s[0][j][2 * half + e] += same ? scores[half].y : scores[half].x;
+          s[0][j][2 * half + e] += same ? scores[half][1] : scores[half][0];
           bits |= uint32_t(same) << (4 * j + 2 * half + e);
         }
       }

@@ -165,7 +165,7 @@ MUTANTS = [
     ),
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
-    _Forward("scores of segments swapped", "same ? scores[half].y", "!same ? scores[half].y", "segments"),
+    _Forward("scores of segments swapped", "same ? scores[half][1]", "!same ? scores[half][1]", "segments"),
     _Relative(
         "keys before the first are read", "uint64_t(first + row) < uint64_t(count)", "first + row < count", "both"
     ),

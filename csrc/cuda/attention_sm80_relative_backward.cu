@@ -121,10 +121,12 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     info.lse[threadIdx.x] = query < p.q_len ? w.lse[pair * p.q_len + query] : 0.0f;
     info.delta[threadIdx.x] = query < p.q_len ? w.delta[pair * p.q_len + query] : 0.0f;
     info.seen[threadIdx.x] = visible(p, batch, query);
-    if (!p.segment || query >= p.q_len) return;
-    info.segment_ids[threadIdx.x] = p.segment_q[batch * p.segment_q_batch + query];
+    if (!p.segment) return;
+    const bool exists = query < p.q_len;
+    info.segment_ids[threadIdx.x] = exists ? p.segment_q[batch * p.segment_q_batch + query] : 0;
 #pragma unroll
-    for (int same = 0; same < 2; ++same) info.segments[threadIdx.x][same] = segment_score(p, pair, query, same);
+    for (int same = 0; same < 2; ++same)
+      info.segments[threadIdx.x][same] = exists ? segment_score(p, pair, query, same) : 0.0f;
   };
 
   load_tile<Tile::threads, rows>(keys, rows_of<T>(p.key, batch, kv_head), p.key.row, first_key, p.k_len, p.head_dim);

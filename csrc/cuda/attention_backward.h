@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kStepRows)
 // --- Tiles of keys by queries: transposed, rows are keys ---
 
 // What a tile of queries brings besides its rows.
-struct QueryStage {
+struct alignas(8) QueryStage {
   static constexpr int strip_entries = kBlockRows + kStepRows;
   float strip[strip_entries], lse[kStepRows], delta[kStepRows];
   Interval seen[kStepRows];

@@ -43,17 +43,16 @@ __global__ void __launch_bounds__(kStepRows)
 // --- Tiles of keys by queries: transposed, rows are keys ---
 
 // What a tile of queries brings besides its rows.
-struct QueryStage {
+struct alignas(8) QueryStage {
   static constexpr int strip_entries = kBlockRows + kStepRows;
   float strip[strip_entries], lse[kStepRows], delta[kStepRows];
   Interval seen[kStepRows];
+  int all;  // whether all of them see all keys of the block
 };
 
-// Products become weights. `row`: the lane's first one of the block of keys that begins at `first_key`; all: whether
-// every query sees all of them.
+// Products become weights. `row`: the lane's first one of the block of keys that begins at `first_key`.
 template <bool biased>
-PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QueryStage& stage, int row, int first_key,
-                             bool all) {
+PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QueryStage& stage, int row, int first_key) {
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
 #pragma unroll
@@ -64,7 +63,7 @@ PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QuerySta
       x = ptx::exp2_approx(s - stage.lse[query]);
     }
   }
-  if (all) return;  // in a loop of its own, that a branch skips
+  if (stage.all) return;  // in a loop of its own, that a branch skips
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
 #pragma unroll

@@ -181,7 +181,7 @@ MUTANTS += [
         "if (Tile::relative && group == 0)",
         "if (Tile::relative && group == 2)",
     ),
-    Mutant("a lane left behind at a band", "relative, clipped", "__syncwarp();  // a lane that comes late"),
+    Mutant("a lane left behind at a band", "relative, clipped", "__syncwarp();  // a lane that", "// a lane that"),
     Mutant("distances off by one", "relative", "all.origin + p.q_len - 1", "all.origin + p.q_len"),
     Mutant("the first head's rows", "relative, clipped", "p.rel_q_heads == 1 ? 0 : head", "0"),
 ]
@@ -208,7 +208,7 @@ MUTANTS += [
     ),
     _backward("the first row's delta for both", "causal", "row_delta[e / 2]", "row_delta[0]"),
     _backward("second row sees all, backward", "causal", "hide_unseen(s[0], 1, keys[1], first_key, 0);"),
-    _backward("all queries see all keys", "causal", "if (all) return;  // in", "return;  // in"),
+    _backward("all queries see all keys", "causal", "if (stage.all) return;  // in", "return;  // in"),
     _backward("sums of diagonals overwritten while they are read", "slopes", "shared.sums_ring().wait_empty(at);"),
     _backward("sums of diagonals read too early", "slopes", "shared.sums_ring().wait_full(count);"),
     _backward(

@@ -83,6 +83,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   if (biased) ahead.store(strip + begin % 2 * Tile::strip);
 
   const int row = threadIdx.x / 32 * 16 * M + lane_row();
+  SegmentRows segments;
+  if (p.segment) segments.read(p, pair, int64_t(first) + row);
   OnlineSoftmax<M> softmax(1);
   float out[M][width / 8][4] = {}, factor[M][2];
   for (int tile = begin; tile < end; ++tile) {
@@ -97,6 +99,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
     finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
                                 range.covers(tile * columns, tile * columns + columns));
+    if constexpr (!std::is_same<Relative, NoRelativeRows>::value)
+      if (p.segment) segments.add_to(s, p, batch, tile * columns);
     softmax.add(s, factor);
     scale_rows(out, factor);
     uint32_t weights[M][N / 2][4];

@@ -27,6 +27,13 @@ KERNELS: dict[str, Callable[..., int]] = {
     ),
     r"attention_backward_keys<\w+, (\d+), \w+>": lambda width: 4 * 16 * 64 * width,
     r"attention_backward_queries<\w+, (\d+), \w+, \w+>": lambda width: 3 * 16 * 64 * width,
+    # With 48 distances of a warp's 16 rows, and 16 x 16 of columns and distances in three turns of the warps.
+    r"attention_relative_keys<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
+        lambda width, both: (4 * 16 * 32 + 3 * 16 * 16 + both * 2 * 16 * 48) * width
+    ),
+    r"attention_relative_queries<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
+        lambda width, both: (3 * 16 * 32 + 2 * 16 * 48 + both * 3 * 16 * 16) * width
+    ),
 }
 MULTIPLICATIONS = 16 * 8 * 16  # of one HMMA
 
@@ -35,7 +42,7 @@ def complaint(kernel: Kernel) -> str | None:
     """What is wrong with the loops of a kernel of attention, or None; also None for all other kernels."""
     for pattern, multiplications in KERNELS.items():
         if match := re.fullmatch(pattern, kernel.name):
-            sizes = list(map(int, match.groups()))
+            sizes = [group == "true" if group in ("true", "false") else int(group) for group in match.groups()]
             wanted = multiplications(*sizes) // MULTIPLICATIONS
             found = sum(times for i, times in per_tile(kernel.sass, width=sizes[0]) if i.name == "HMMA")
             if re.search(r"\b(LDL|STL)\b", kernel.sass):

@@ -53,6 +53,13 @@ SMALL = {
         ("kStrips = 512", "kStrips = 8"),
         _ROUNDS[1],
     ),
+    "attention_sm80_relative_backward": (
+        ("kThreads = 256,", "kThreads = 64,"),
+        ("kStepRows = 64,", "kStepRows = 32,"),
+        ("kRelativeRows = 64, kRelativeColumns = 32", "kRelativeRows = 32, kRelativeColumns = 16"),
+        ("kDistanceBlocks = 512", "kDistanceBlocks = 12"),
+        _ROUNDS[1],
+    ),
 }
 #: Routing with rows of logits that do not fit into shared memory.
 WIDE = (*SMALL["moe_route"], ("kSharedBytes = 96 << 10", "kSharedBytes = 0"), ("kWideBlocks = 256", "kWideBlocks = 2"))
@@ -81,6 +88,13 @@ _CUTS = {
     "attention_sm80_backward": (
         ("return of_type(bf16());", _REFUSED),
         *((_OTHER_WIDTHS(n, "launch_backward", n), "") for n in (96, 128)),
+    ),
+    "attention_sm80_relative_backward": (
+        ("return of_type(bf16());", _REFUSED),
+        *(
+            (_OTHER_WIDTHS(128, "launch_relative", f"RelativeBackward<128, {of_both}>"), "")
+            for of_both in ("true", "false")
+        ),
     ),
 }
 
@@ -185,6 +199,7 @@ def check(stem: str, dtype: torch.dtype, seed: int, probe: str = "") -> None:
         ("moe_dispatch", moe_probes.ROWS, moe_probes.check_rows),
         ("attention_sm80", attention_probes.FORWARD, attention_probes.check),
         ("attention_sm80_backward", attention_probes.PROBES, attention_probes.check),
+        ("attention_sm80_relative_backward", attention_probes.RELATIVE, attention_probes.check),
     ):
         if stem == stems:
             for name in [probe] if probe else probes:

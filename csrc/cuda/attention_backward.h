@@ -43,16 +43,17 @@ __global__ void __launch_bounds__(kStepRows)
 // --- Tiles of keys by queries: transposed, rows are keys ---
 
 // What a tile of queries brings besides its rows.
-struct alignas(8) QueryStage {
+struct QueryStage {
   static constexpr int strip_entries = kBlockRows + kStepRows;
   float strip[strip_entries], lse[kStepRows], delta[kStepRows];
   Interval seen[kStepRows];
-  int all;  // whether all of them see all keys of the block
 };
 
-// Products become weights. `row`: the lane's first one of the block of keys that begins at `first_key`.
+// Products become weights. `row`: the lane's first one of the block of keys that begins at `first_key`; all: whether
+// every query sees all of them.
 template <bool biased>
-PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QueryStage& stage, int row, int first_key) {
+PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QueryStage& stage, int row, int first_key,
+                             bool all) {
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
 #pragma unroll
@@ -63,7 +64,7 @@ PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QuerySta
       x = ptx::exp2_approx(s - stage.lse[query]);
     }
   }
-  if (stage.all) return;  // in a loop of its own, that a branch skips
+  if (all) return;  // in a loop of its own, that a branch skips
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
 #pragma unroll

@@ -47,22 +47,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int kv_head = pair % kv_heads, batch = pair / kv_heads;
   const int query_blocks = int(ceil_div(p.q_len, kStepRows)), sharing = int(p.heads / p.kv_heads);
   const int heads_end = (kv_head + 1) * sharing;
+  const auto range = [&](int block) {  // at once: everybody waits for it
+    const int4 r = reinterpret_cast<const int4*>(ranges)[int64_t(batch) * query_blocks + block];
+    return Range{r.x, r.y, r.z, r.w};
+  };
 
   // The queries that see a key of this block: steps of one head, then of the next that shares the keys.
   struct Step {
     int head, block;
   };
-  const auto settled = [&](Step step, int n) {
-    for (; step.head < heads_end; ++step.head, step.block = 0) {
-      for (; step.block < query_blocks; ++step.block) {
-        // All at once: everybody waits for it.
-        const int4 r = reinterpret_cast<const int4*>(ranges)[int64_t(batch) * query_blocks + step.block];
-        const Range seen{r.x, r.y, r.z, r.w};
-        if (!seen.meets(first_key, first_key + kBlockRows)) continue;
-        if (threadIdx.x == 0) stages[n % 2].all = seen.covers(first_key, first_key + kBlockRows);
-        return step;
-      }
-    }
+  const auto settled = [&](Step step) {
+    for (; step.head < heads_end; ++step.head, step.block = 0)
+      for (; step.block < query_blocks; ++step.block)
+        if (range(step.block).meets(first_key, first_key + kBlockRows)) return step;
     return step;
   };
   Ahead ahead;
@@ -88,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
   load_tile<kThreads, kBlockRows>(keys, key, p.key.row, first_key, p.k_len, p.head_dim);
   load_tile<kThreads, kBlockRows>(values, value, p.value.row, first_key, p.k_len, p.value_dim);
-  Step step = settled({heads_end - sharing, 0}, 0);
+  Step step = settled({heads_end - sharing, 0});
   load(step, 0);
   ahead.store(stages[0], p, batch, int64_t(step.block) * kStepRows);
 
@@ -98,14 +95,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int n = 0; step.head < heads_end; ++n) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    step = settled({step.head, step.block + 1}, n + 1);
+    const bool all = range(step.block).covers(first_key, first_key + kBlockRows);
+    step = settled({step.head, step.block + 1});
     load(step, n + 1);
     const QueryStage& stage = stages[n % 2];
 
     float p_t[1][kN][4] = {};  // transposed: rows are keys
     multiply_transposed<1, kN>(p_t, keys, own, queries(n));
     ahead.store(stages[(n + 1) % 2], p, batch, int64_t(step.block) * kStepRows);
-    to_weights<biased>(p_t, scale, stage, row, first_key);
+    to_weights<biased>(p_t, scale, stage, row, first_key, all);
     uint32_t left[1][kN / 2][4];
     as_left<T>(left, p_t);
     multiply(grad_value, left, grads(n));

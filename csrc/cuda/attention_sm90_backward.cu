@@ -113,7 +113,7 @@ PYEXT_DEVICE void from_left(float (&sum)[1][N][4], const uint32_t (&left)[1][N /
 
 struct KeyStage {
   QueryStage of_queries;
-  int more;  // whether there is a tile in this stage
+  int more, all;  // whether there is a tile in this stage, and whether all its queries see all keys
 };
 struct KeyStages {
   KeyStage stage[kStages];
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       }
       if (lane == 0) {
         stage.more = more;
-        stage.of_queries.all = more && steps.ranges[steps.block].covers(first_key, first_key + kBlockRows);
+        stage.all = more && steps.ranges[steps.block].covers(first_key, first_key + kBlockRows);
       }
       __syncwarp();
       if (lane == 0 && more) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       if (early) values.issue_transposed(ds_t, shared.step(1, n));
       ptx::wgmma_wait<early>();
       ptx::wgmma_pin(flat(p_t));
-      to_weights<biased>(p_t, scale, stage.of_queries, row, first_key);
+      to_weights<biased>(p_t, scale, stage.of_queries, row, first_key, stage.all);
       as_left<T>(left, p_t);
       ptx::wgmma_pin(left[0]), ptx::wgmma_pin(flat(grad_value));
       ptx::wgmma_fence();

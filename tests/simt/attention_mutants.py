@@ -118,8 +118,8 @@ MUTANTS = [
     ),
     _Backward(
         "no barrier before queries are overwritten",
-        "__syncthreads();  // this step's tiles are there, for all, and all are done with the last one's\n    step",
-        "step",
+        "__syncthreads();  // this step's tiles are there, for all, and all are done with the last one's\n    const",
+        "const",
         "causal",
     ),
     _Backward(
@@ -133,13 +133,11 @@ MUTANTS = [
     _Backward("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "many queries"),
     _Backward(
         "one head of those that share keys",
-        "settled({heads_end - sharing, 0}, 0)",
-        "settled({heads_end - 1, 0}, 0)",
+        "settled({heads_end - sharing, 0})",
+        "settled({heads_end - 1, 0})",
         "causal",
     ),
-    _Backward(
-        "ranges of another batch entry", "[int64_t(batch) * query_blocks + step.block]", "[step.block]", "padding"
-    ),
+    _Backward("ranges of another batch entry", "[int64_t(batch) * query_blocks + block]", "[block]", "padding"),
     _Backward(
         "queries that see a part of the keys left out",
         "begin < to && from < end",

@@ -208,7 +208,7 @@ MUTANTS += [
     ),
     _backward("the first row's delta for both", "causal", "row_delta[e / 2]", "row_delta[0]"),
     _backward("second row sees all, backward", "causal", "hide_unseen(s[0], 1, keys[1], first_key, 0);"),
-    _backward("all queries see all keys", "causal", "if (stage.all) return;  // in", "return;  // in"),
+    _backward("all queries see all keys", "causal", "if (all) return;  // in", "return;  // in"),
     _backward("sums of diagonals overwritten while they are read", "slopes", "shared.sums_ring().wait_empty(at);"),
     _backward("sums of diagonals read too early", "slopes", "shared.sums_ring().wait_full(count);"),
     _backward(

@@ -164,9 +164,7 @@ MUTANTS = [
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
     _Forward("scores of segments swapped", "same ? scores[half][1]", "!same ? scores[half][1]", "segments"),
-    _Relative(
-        "keys before the first are read", "(!before || first + row >= 0)", "true", "both"
-    ),
+    _Relative("keys before the first are read", "(!before || first + row >= 0)", "true", "both"),
     _Relative(
         "most of a band taken as there",
         "follows = next.head == loaded.head && next.block == loaded.block + 1;",

@@ -1,6 +1,7 @@
-"""The benchmarks of a GPU: `python -m benchmarks.gpu [--cases REGEX] [--out STEM]`.
+"""The benchmarks of a GPU: `python -m benchmarks.gpu [--cases REGEX] [--seconds N] [--out STEM]`.
 
 Writes STEM.json (as `benchmarks.report` does) and STEM.txt, its table; by default benchmarks/results/gpu-<its name>.
+Both are written after every case, and name those for which there was no time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -56,17 +58,27 @@ def default_stem() -> Path:
 def text(data: dict) -> str:
     """Machine and table, as plain text."""
     facts = "\n".join(f"{name}: {value}" for name, value in data["machine"].items())
-    return f"{facts}\n\n{table(data)}\n"
+    left = "".join(f"\nno time for {name}" for name in data.get("left_out", ()))
+    return f"{facts}\n\n{table(data)}\n{left}"
 
 
-def run(pattern: str) -> dict:
-    results = []
-    for case in (*gpu_cases.all_cases(), *gpu_attention_cases.all_cases()):
-        if re.search(pattern, case.name):
-            results.append(run_case(case))
-            print(summary(results[-1]), flush=True)
-            torch.cuda.empty_cache()
-    return {"schema": SCHEMA, "machine": gpu_facts(), "results": results}
+def run(pattern: str, seconds: float, stem: Path) -> dict:
+    """Attention first; no case begins after so many seconds."""
+    start = time.monotonic()
+    cases = [
+        case for case in (*gpu_attention_cases.all_cases(), *gpu_cases.all_cases()) if re.search(pattern, case.name)
+    ]
+    data = {"schema": SCHEMA, "machine": gpu_facts(), "results": []}
+    for n, case in enumerate(cases):
+        data["left_out"] = [other.name for other in cases[n:]]
+        if time.monotonic() - start > seconds:
+            break
+        data["results"].append(run_case(case))
+        data["left_out"].pop(0)
+        write(data, stem)
+        print(summary(data["results"][-1]), flush=True)
+        torch.cuda.empty_cache()
+    return data
 
 
 def write(data: dict, stem: Path) -> None:
@@ -78,13 +90,15 @@ def write(data: dict, stem: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="", help="only cases whose name matches this regular expression")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no case begins")
     parser.add_argument("--out", type=Path, help="where to write, without suffix")
     options = parser.parse_args(argv)
     if missing():
         print(missing())
         return 1
-    data = run(options.cases)
-    write(data, options.out or default_stem())
+    stem = options.out or default_stem()
+    data = run(options.cases, options.seconds, stem)
+    write(data, stem)
     print("\n" + text(data))
     return int(any(result["status"] != "ok" for result in data["results"]))
 

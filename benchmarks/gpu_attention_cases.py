@@ -1,4 +1,5 @@
-"""The cases of attention that run on a GPU, with the figures that they are to reach on an H200, in bf16.
+"""The cases of attention that run on a GPU, with the figures that they are to reach on an H200, in bf16. "pyext" is
+what it chooses itself: CUDA's kernels where they take the call, else Triton's.
 
 Work is counted as in `attention_cases`: products of matrices, forward 4 B H Lq Lk D and backward 10, half of it if
 causal; the peak is cuBLAS's with as many flops. Peers are SDPA by cuDNN and by FlashAttention, and FlexAttention.
@@ -6,6 +7,7 @@ causal; the peak is cuBLAS's with as many flops. Peers are SDPA by cuDNN and by 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +26,7 @@ Tensor = torch.Tensor
 SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 FLEX, PLAIN, DENSE = "FlexAttention", "no bias", "dense causal"
 BUCKETS = 32
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
 DIRECTIONS = {"forward": 2, "backward": 5, "forward+backward": 7}  # products of matrices, of 2 B H Lq Lk D flops each
 
 
@@ -31,18 +34,29 @@ DIRECTIONS = {"forward": 2, "backward": 5, "forward+backward": 7}  # products of
 class Sizes:
     """Batch, heads, length, width; tests take less."""
 
-    plain: tuple[int, int, int, int] = (2, 16, 8192, 128)
+    plain: tuple[int, int, int, int] = (2, 16, 8192, 128)  # as many tokens for other lengths
+    lengths: tuple[int, ...] = LENGTHS
     biased: tuple[int, int, int, int] = (4, 16, 4096, 64)
     sparse: tuple[int, int, int, int] = (1, 4, 32768, 64)
     stride: int = 128
     caches: tuple[int, int, int, int, int] = (16, 32, 8, 16384, 128)  # batch, heads, heads of keys, length, width
 
 
-def teraflops(at_least: float | None) -> Figure:
-    def compute(m: Measured) -> float:
-        return m.flops / m.seconds["pyext"] / 1e12
+def teraflops(at_least: float | None, who: str = "pyext") -> Figure:
+    def compute(m: Measured) -> float | None:
+        return m.flops / m.seconds[who] / 1e12 if who in m.seconds else None
 
-    return Figure("rate", "Tflop/s", compute, at_least=at_least)
+    return Figure("rate" if who == "pyext" else f"rate of {who}", "Tflop/s", compute, at_least=at_least)
+
+
+def best_of_sdpa(at_least: float) -> Figure:
+    """Seconds of the fastest of its backends that run here, over pyext's."""
+
+    def compute(m: Measured) -> float | None:
+        found = [m.seconds[name] for name in SDPA if name in m.seconds]
+        return min(found) / m.seconds["pyext"] if found else None
+
+    return Figure("speed-up over SDPA's best", "x", compute, at_least=at_least)
 
 
 # --- What the cases share ---
@@ -144,13 +158,18 @@ def causal_part(distance: Tensor) -> Tensor:
 # --- The cases ---
 
 
-def plain(direction: str, device: str, sizes: Sizes, seed: int) -> Work:
-    leaves = _draw(seed, device, "bf16", *[sizes.plain] * 3)
+def plain(direction: str, device: str, sizes: Sizes, seed: int, causal: bool = True, length: int | None = None) -> Work:
+    """length: other than that of the sizes; then without FlexAttention, which takes long to compile."""
+    batch, heads, usual, width = sizes.plain
+    leaves = _draw(
+        seed, device, "bf16", *[(max(batch * usual // (length or usual), 1), heads, length or usual, width)] * 3
+    )
     peers = {}
     if device != "cpu":
-        peers = {name: partial(sdpa, backend, True) for name, backend in SDPA.items()}
-        peers[FLEX] = flex(True, None, leaves[0])
-    return work(leaves, direction, dict, partial(eager, None, causal_part), peers, causal=True)
+        peers = {name: partial(sdpa, backend, causal) for name, backend in SDPA.items()}
+        if length is None:
+            peers[FLEX] = flex(causal, None, leaves[0])
+    return work(leaves, direction, dict, partial(eager, None, causal_part if causal else None), peers, causal=causal)
 
 
 def alibi(direction: str, device: str, sizes: Sizes, seed: int) -> Work:
@@ -226,21 +245,28 @@ def decode(direction: str, device: str, sizes: Sizes, seed: int) -> Work:
 
 def all_cases(device: str = "cuda", sizes: Sizes | None = None) -> list[Case]:
     """For a GPU; or, to check the results of small ones, for a CPU."""
-    cases = []
+    cases, sizes = [], sizes or Sizes()
 
     def add(title: str, setup: Callable[..., Work], direction: str, *figures: Figure) -> None:
-        here = partial(setup, direction, device, sizes or Sizes())
+        here = partial(setup, direction, device, sizes)
         how = {"setup": here} if device == "cpu" else {"run": _run(here)}
         name = f"attention, {title} {direction}"
         cases.append(Case(f"gpu/{name}/bf16", "gpu", name, "bf16", figures, op="attention", **how))
 
     peers = speedup("triton"), *(speedup(name) for name in SDPA)
-    for direction, rate in (("forward", 480), ("backward", 380)):
-        add("causal", plain, direction, teraflops(rate), percent_of_peak(), *peers, speedup(FLEX))
+    for direction, rate, of_triton in (("forward", 560, 480), ("backward", 450, 380)):
+        rates = teraflops(rate), teraflops(of_triton, "triton"), percent_of_peak()
+        add("causal", plain, direction, *rates, *peers, best_of_sdpa(1), speedup(FLEX))
+    for direction, length in itertools.product(("forward", "backward"), sizes.lengths):
+        for causal in (False, True):
+            longest = direction == "forward" and not causal and length == LENGTHS[-1]
+            title = f"{length} tokens, {'causal' if causal else 'full'}"
+            setup = partial(plain, causal=causal, length=length)
+            add(title, setup, direction, teraflops(620 if longest else None), best_of_sdpa(1))
     for direction, target in (("forward", None), ("backward", None), ("forward+backward", 1.5)):
-        add("ALiBi", alibi, direction, slowdown(PLAIN, 10), speedup(FLEX))
-        add("T5", t5, direction, slowdown(PLAIN, 10), speedup(FLEX, target))
-        add("Transformer-XL", transformer_xl, direction, time_ratio(PLAIN, 3))
+        add("ALiBi", alibi, direction, slowdown(PLAIN, 8), speedup(FLEX))
+        add("T5", t5, direction, slowdown(PLAIN, 8), speedup(FLEX, target))
+        add("Transformer-XL", transformer_xl, direction, time_ratio(PLAIN, 2.2))
     for direction in ("forward", "forward+backward"):
         add("strided causal", strided, direction, time_ratio(DENSE, 0.25))
     add("decode", decode, "forward", percent_of_bandwidth(80, what="copy"), *peers)

@@ -80,10 +80,12 @@ struct Arguments {
   // Of what the kernels on a GPU read. They refuse what they do not know.
   void check_device() const {
     STD_TORCH_CHECK(same_device(query, key) && same_device(query, value), "query, key and value must share a device");
-    for (const MaybeTensor* t : {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_k, &rel_index})
+    for (const MaybeTensor* t :
+         {&diag, &diag_index, &intervals, &rel_query, &rel_q, &rel_k, &rel_index, &segment, &segment_q, &segment_k})
       STD_TORCH_CHECK(!*t || same_device(query, **t), "biases and masks must be on the device of query");
-    for (const MaybeTensor* t : {&dense, &segment, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
-      STD_TORCH_CHECK(!*t, "the CUDA kernels know windows, intervals, diagonal biases and relative rows only");
+    for (const MaybeTensor* t : {&dense, &mask, &block_offsets, &sinks, &cu_seqlens_q, &seed})
+      STD_TORCH_CHECK(!*t,
+                      "the CUDA kernels know windows, intervals, diagonal biases, relative rows and segments only");
   }
 
   static int64_t strip_length(const AttentionProblem& p) { return p.q_len + p.k_len == 0 ? 0 : p.q_len + p.k_len - 1; }
@@ -226,6 +228,20 @@ struct Arguments {
   }
 };
 
+// A direction's kernels: for GPUs of compute capability 9.0, which do not take every problem, and for all.
+struct Launchers {
+  int64_t (*hopper_workspace)(const AttentionProblem&), (*workspace)(const AttentionProblem&);
+  int (*hopper)(const AttentionProblem&, void*), (*launch)(const AttentionProblem&, void*);
+};
+// Runs the best of them that takes the problem, with as much scratch memory as it asks for.
+[[maybe_unused]] int launch_best(const Tensor& query, AttentionProblem& p, void* stream, const Launchers& of) {
+  const int64_t bytes = compute_capability(query) == 90 ? of.hopper_workspace(p) : -1;
+  const bool hopper = bytes >= 0;
+  const Tensor memory = workspace(query, hopper ? bytes : of.workspace(p));
+  p.workspace = memory.mutable_data_ptr();
+  return (hopper ? of.hopper : of.launch)(p, stream);
+}
+
 // What rotates query and key.
 struct Rotation {
   const Tensor &cos_q, &sin_q;
@@ -265,11 +281,9 @@ std::tuple<Tensor, Tensor> attention_forward(
     run_on_device(
         a.query, "query", [&] { kernels().attention_forward(p, parallel()); },
         [&](auto stream) {
-          const int64_t bytes = compute_capability(a.query) == 90 ? pyext_cuda_attention_forward_sm90_workspace(p) : -1;
-          const bool hopper = bytes >= 0;
-          const Tensor memory = workspace(a.query, hopper ? bytes : pyext_cuda_attention_forward_workspace(p));
-          p.workspace = memory.mutable_data_ptr();
-          return hopper ? pyext_cuda_attention_forward_sm90(p, stream) : pyext_cuda_attention_forward(p, stream);
+          return launch_best(a.query, p, stream,
+                             {pyext_cuda_attention_forward_sm90_workspace, pyext_cuda_attention_forward_workspace,
+                              pyext_cuda_attention_forward_sm90, pyext_cuda_attention_forward});
         });
   }
   return {out, lse};
@@ -338,11 +352,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   run_on_device(
       a.query, "query", [&] { kernels().attention_backward(p, parallel()); },
       [&](auto stream) {
-        const int64_t bytes = compute_capability(a.query) == 90 ? pyext_cuda_attention_backward_sm90_workspace(p) : -1;
-        const bool hopper = bytes >= 0;
-        const Tensor memory = workspace(a.query, hopper ? bytes : pyext_cuda_attention_backward_workspace(p));
-        p.workspace = memory.mutable_data_ptr();
-        return hopper ? pyext_cuda_attention_backward_sm90(p, stream) : pyext_cuda_attention_backward(p, stream);
+        const bool relative = p.rel_index != nullptr;
+        return launch_best(
+            a.query, p, stream,
+            {pyext_cuda_attention_backward_sm90_workspace,
+             relative ? pyext_cuda_attention_relative_backward_workspace : pyext_cuda_attention_backward_workspace,
+             pyext_cuda_attention_backward_sm90,
+             relative ? pyext_cuda_attention_relative_backward : pyext_cuda_attention_backward});
       });
   return {grad_query,     grad_key,   grad_value, grad_dense,   grad_diag,
           grad_rel_query, grad_rel_q, grad_rel_k, grad_segment, grad_sinks};

@@ -68,13 +68,16 @@ struct AttentionProblem {
 }  // namespace pyext
 
 // csrc/cuda/attention_sm80*.cu, for the problems that pyext/_dispatch.py lets them have: bf16 and fp16, head dimensions
-// that are multiples of 8 up to 128 (forward 256), windows, intervals and diagonal biases; forward up to 128 relative
-// rows of queries, or of queries and keys. stream is a cudaStream_t. They return a cudaError_t: 0 if the launch
-// succeeded. The problem's workspace has as many bytes as they ask for.
+// that are multiples of 8 up to 128 (forward without relative rows 256), windows, intervals, diagonal biases, relative
+// rows of queries, or of queries and keys, and beside them segments. stream is a cudaStream_t. They return a
+// cudaError_t: 0 if the launch succeeded. The problem's workspace has as many bytes as they ask for.
 extern "C" int pyext_cuda_attention_forward(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_forward_workspace(const pyext::AttentionProblem&);
 extern "C" int pyext_cuda_attention_backward(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_backward_workspace(const pyext::AttentionProblem&);
+// The backward of problems with relative rows, and of no others.
+extern "C" int pyext_cuda_attention_relative_backward(const pyext::AttentionProblem&, void* stream);
+extern "C" int64_t pyext_cuda_attention_relative_backward_workspace(const pyext::AttentionProblem&);
 // csrc/cuda/attention_sm90*.cu, on devices of compute capability 9.0; a workspace of -1 bytes: not this problem.
 extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem&);

@@ -28,6 +28,7 @@ from support.parts import (
     is_causal,
     padding,
     prefix,
+    segment,
     shaw,
     t5,
     transformer_xl,
@@ -35,7 +36,7 @@ from support.parts import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
-STEMS = ("attention_sm80", "attention_sm80_backward")
+STEMS = ("attention_sm80", "attention_sm80_backward", "attention_sm80_relative_backward")
 pytestmark = pytest.mark.skipif(not backends.CUDA, reason="neither a GPU with CUDA kernels nor the emulator")
 emulated = pytest.mark.skipif(backends.HAS_GPU, reason="the emulator has no place beside a GPU")
 
@@ -119,7 +120,7 @@ def check_forward(which, dtype, seed):
     compare(drawn, {"out": out, "lse": lse}, reference, eager)
 
 
-#: Tiles are of 64 queries and 32 keys.
+#: Tiles are of 64 queries and 32 keys, or (of dK and dV) of 64 keys and 32 queries.
 RELATIVE = [
     case(Shape(1, 2, 2, 130, 130, 64, 64), transformer_xl()),
     case(Shape(2, 2, 1, 65, 140, 64, 64), transformer_xl("past"), causal()),
@@ -131,6 +132,9 @@ RELATIVE = [
     case(Shape(1, 1, 1, 130, 60, 64, 64), disentangled("c2p", buckets=16, max_position=60), causal()),
     case(Shape(1, 2, 2, 70, 130, 64, 64), disentangled(buckets=16, max_position=60)),
     case(Shape(2, 2, 1, 97, 60, 72, 64), disentangled(batched=True), padding(), t5()),
+    case(Shape(2, 2, 2, 70, 97, 64, 64), transformer_xl("xlnet"), segment()),
+    case(Shape(1, 2, 2, 65, 40, 128, 128), transformer_xl("xlnet", batched=True), segment(batched=False), causal()),
+    case(Shape(1, 3, 3, 33, 90, 64, 32), disentangled(), segment(count=3), diagonal("1"), padding()),
     case(Shape(1, 2, 2, 33, 33, 128, 128), disentangled(heads="1"), causal(), layout="padded_rows"),
     case(Shape(1, 2, 2, 1, 77, 64, 64), transformer_xl()),
     case(Shape(1, 1, 1, 1, 1, 64, 64), transformer_xl()),
@@ -140,7 +144,7 @@ RELATIVE = [
 
 @pytest.mark.parametrize("number", range(len(RELATIVE)), ids=lambda n: str(RELATIVE[n]))
 def test_relative_rows(number, cuda, session_seed):
-    check_forward(RELATIVE[number], DTYPES[(number + session_seed) % 2], session_seed)
+    check(RELATIVE[number], DTYPES[(number + session_seed) % 2], cuda, session_seed)
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "diag"])
@@ -251,11 +255,10 @@ def test_compiled(packed, dynamic, cuda):
 
 @emulated
 @pytest.mark.parametrize("small", [False, True], ids=["tiles", "small tiles"])
-@pytest.mark.parametrize("name", ["slopes", "many queries", "relative"])
+@pytest.mark.parametrize("name", ["slopes", "many queries", "relative", "shared"])
 def test_same_bits_in_every_schedule(name, small, seed):
     """Races, missing waits and the order of blocks would show; small tiles make many of a few queries and keys."""
-    stems = STEMS if name in attention_probes.PROBES else STEMS[:1]
-    sources = {stem: source(stem, *SMALL[stem]) if small else SOURCES[stem] for stem in stems}
+    sources = {stem: source(stem, *SMALL[stem]) if small else SOURCES[stem] for stem in STEMS}
     drawn, first = draw(attention_probes.FORWARD[name], torch.float16, seed), None
     every = small and name == "many queries"
     runs = list(itertools.product(SCHEDULES, COMPLETIONS)) if every else list(zip(SCHEDULES, COMPLETIONS))
@@ -277,9 +280,8 @@ def test_defect_is_caught(mutant, seed):
 @emulated
 @pytest.mark.parametrize("name", attention_probes.FORWARD)
 def test_small_tiles(name, seed):
-    """Of every probe many tiles, forward and, where there is one, backward."""
-    stems = STEMS if name in attention_probes.PROBES else STEMS[:1]
-    with instead_of_cpu({stem: source(stem, *SMALL[stem]) for stem in stems}, seed=seed % 2**31):
+    """Of every probe many tiles, forward and backward."""
+    with instead_of_cpu({stem: source(stem, *SMALL[stem]) for stem in STEMS}, seed=seed % 2**31):
         attention_probes.check(name, torch.float16, seed)
 
 
@@ -292,10 +294,7 @@ REFUSED = {
     "do not know a bias of relative rows of keys alone": dict(
         bias=lambda: pyext.bias.disentangled(None, torch.randn(2, 4, 16), buckets=None, max_position=2, scale=1.0)
     ),
-    "have no gradient of a bias of relative rows": dict(
-        bias=lambda: pyext.bias.shaw(torch.randn(5, 16), 2), gradient=True
-    ),
-    "do not know a segment bias": dict(
+    "do not know a segment bias without one of relative rows": dict(
         bias=lambda: pyext.bias.segment(
             torch.randn(1, 2, 5, 2), torch.zeros(5, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
         )
@@ -363,13 +362,20 @@ def test_shared_memory_is_what_the_launchers_ask_for(width):
             if tiles.backward is not None:
                 out.sum().backward()
                 assert shared_bytes() == (tiles.strip_gradient if strip else tiles.backward)
-                rows = pyext.bias.shaw(torch.zeros(3, width, dtype=q.dtype), 1)
-                pyext.attention(*[q.detach()] * 3, bias=rows, impl="cuda")
-                assert shared_bytes() == tiles.relative
-                table = torch.zeros(1, 2, width, dtype=q.dtype)
-                rows = pyext.bias.disentangled(table, table, buckets=None, max_position=1, scale=1.0)
-                pyext.attention(*[q.detach()] * 3, bias=rows, impl="cuda")
-                assert shared_bytes() == tiles.relative_both
+
+
+@emulated
+@pytest.mark.parametrize("both", [False, True], ids=["rows of queries", "rows of both"])
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_shared_memory_with_relative_rows(width, both):
+    tiles, q = _cuda_attention.TILES[width], torch.randn(1, 1, 9, width).half().requires_grad_()
+    table = torch.zeros(1, 2, width, dtype=q.dtype)
+    rows = pyext.bias.disentangled(table, table if both else None, buckets=None, max_position=1, scale=1.0)
+    with backends.CUDA[0].selected():
+        out = pyext.attention(q, q, q, bias=rows, impl="cuda")
+        assert shared_bytes() == (tiles.relative_both if both else tiles.relative)
+        out.sum().backward()
+        assert shared_bytes() == (tiles.relative_both_backward if both else tiles.relative_backward)
 
 
 def test_gpus_with_less_shared_memory(monkeypatch):
@@ -382,9 +388,9 @@ def test_gpus_with_less_shared_memory(monkeypatch):
         problem = pyext._primitives.AttentionProblem(x, x, x)
         return _cuda_attention._limit_of_memory(problem, width, gradient)
 
-    assert [width for width in (64, 96, 128) if refusal(width, False) is None] == [64, 96]
+    assert [width for width in (64, 96, 128) if refusal(width, False) is None] == [64, 96, 128]
     assert [width for width in (64, 96, 128) if refusal(width, True) is None] == [64]
-    assert refusal(128, False) == "a block of the GPU has 101376 bytes of shared memory, and its kernels need 107072"
+    assert refusal(128, True) == "a block of the GPU has 101376 bytes of shared memory, and its kernels need 142848"
 
 
 def test_not_in_the_tests_of_all_calls():

@@ -21,7 +21,12 @@ SMALL = gpu_cases.Sizes(tokens=33, hidden=48, inner=40, heads=(2, 3, 17, 16))
 
 
 ATTENTION = gpu_attention_cases.Sizes(
-    plain=(1, 2, 40, 16), biased=(1, 8, 40, 16), sparse=(1, 1, 300, 16), stride=16, caches=(2, 4, 2, 70, 16)
+    plain=(2, 2, 40, 16),
+    lengths=(20,),
+    biased=(1, 8, 40, 16),
+    sparse=(1, 1, 300, 16),
+    stride=16,
+    caches=(2, 4, 2, 70, 16),
 )
 
 
@@ -48,7 +53,8 @@ def test_says_that_there_is_no_gpu(module):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_every_step_runs_and_is_written(fails, tmp_path, monkeypatch, capsys):
-    def steps(measured):
+    def steps(measured, cases):
+        assert cases == "attention"
         measure = (
             f"import json; json.dump({{'machine': {{'gpu': 'none'}}, 'results': []}}, open('{measured}.json', 'w'))"
         )
@@ -61,7 +67,7 @@ def test_every_step_runs_and_is_written(fails, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "missing", lambda: None)
     monkeypatch.setattr(gpu, "gpu_facts", lambda: {"gpu": "unmeasured"})
     monkeypatch.setattr(runner, "steps", steps)
-    assert runner.main(["--out", str(tmp_path / "out")]) == int(fails)
+    assert runner.main(["--cases", "attention", "--out", str(tmp_path / "out")]) == int(fails)
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["machine"] == {"gpu": "none"}
     expected = {"first": 1, "slow": "stopped: too slow", "last": 0} if fails else {"first": 0, "last": 0}

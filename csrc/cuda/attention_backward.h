@@ -62,7 +62,17 @@ PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QuerySta
       float& x = p_t[0][j][e];
       const float s = biased ? fmaf(x, scale, stage.strip[at - query + kStepRows - 1]) : x * scale;
       x = ptx::exp2_approx(s - stage.lse[query]);
-      if (!all && !stage.seen[query].holds(first_key + at)) x = 0;
+    }
+  }
+  if (all) return;  // in a loop of its own, that a branch skips
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const Interval seen = stage.seen[8 * j + lane_column() + e];
+      const int key = first_key + row - seen.begin, length = seen.end - seen.begin;
+      p_t[0][j][e] = unsigned(key) < unsigned(length) ? p_t[0][j][e] : 0;
+      p_t[0][j][e + 2] = unsigned(key + 8) < unsigned(length) ? p_t[0][j][e + 2] : 0;
     }
   }
 }
@@ -83,51 +93,91 @@ struct QueryTile {
   static constexpr int M = 1, N = kN, columns = kStepRows, rows = kBlockRows, strip = rows + columns;
 };
 
-// Sums of a tile of dS along its diagonals. A warp's 16 rows have diagonals in octets: lane (g, t) holds, of each 8 x 8
-// block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet.
+// Sums of tiles of dS along their diagonals. A warp's 16 rows have diagonals in octets: lane (g, t) holds, of each 8 x
+// 8 block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every
+// octet. The last two octets of a tile are the first two of the next one, to its right: their terms are carried there.
 struct Diagonals {
-  static constexpr int octets = kN + 2, count = 8 * octets;  // of a warp, the first at distance -16 from its corner
-  float *terms, *sums;                                       // (warps, octets, 8 rows, 8 diagonals), (warps, count)
-  static constexpr int floats = kWarps * (8 * count + count);
+  static constexpr int half = kN / 2, quarter = (half + 1) / 2, eighth = (quarter + 1) / 2;
+  static constexpr int entries = kBlockRows + kStepRows - 16, floats = kWarps * kStepRows;
+  float* sums;  // (warps, octets, 8 diagonals), of a warp the first at distance -16 from its corner
 
-  PYEXT_DEVICE explicit Diagonals(float* shared) : terms(shared), sums(shared + kWarps * 8 * count) {}
+  PYEXT_DEVICE explicit Diagonals(float* shared) : sums(shared) {}
 
-  PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4]) const {
-    float* const own = terms + threadIdx.x / 32 * 8 * count;
+  PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4], float (&carried)[2][2]) const {
     const int g = lane_row();
     // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, both halves of the rows added.
     const auto block = [&](int d, int e) {
       return (d >= 0 && d < kN ? ds[0][d][e] : 0.0f) + (d >= -1 && d < kN - 1 ? ds[0][d + 1][2 + e] : 0.0f);
     };
+    float terms[kN][2], of_half[half][2], of_quarter[quarter][2], own[eighth][2];
 #pragma unroll
-    for (int o = 0; o < octets; ++o) {
+    for (int o = 0; o < kN + 2; ++o) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int c = lane_column() + e;
-        own[(8 * o + g) * 8 + (c - g + 8) % 8] = c >= g ? block(o - 2, e) : block(o - 1, e);
+        const float term = lane_column() + e >= g ? block(o - 2, e) : block(o - 1, e);
+        if (o < kN)
+          terms[o][e] = o < 2 ? term + carried[o][e] : term;
+        else
+          carried[o - kN][e] = term;
       }
     }
-    __syncwarp();
-    for (int i = threadIdx.x % 32; i < count; i += 32) {
-      float sum = 0;
+    halve<1>(of_half, terms), halve<2>(of_quarter, of_half), halve<4>(own, of_quarter);
+    float* const to = sums + threadIdx.x / 32 * kStepRows + (g & 1) * half * 8;
 #pragma unroll
-      for (int r = 0; r < 8; ++r) sum += own[(i / 8 * 8 + r) * 8 + i % 8];
-      sums[threadIdx.x / 32 * count + i] = sum;
+    for (int k = 0; k < eighth; ++k) {
+      const int in_quarter = (g >> 2) * eighth + k, in_half = (g >> 1 & 1) * quarter + in_quarter;
+      if (in_quarter >= quarter) continue;  // fewer than eight octets
+#pragma unroll
+      for (int e = 0; e < 2; ++e) to[8 * in_half + (lane_column() + e - g & 7)] = own[k][e];
     }
   }
 
-  // After a barrier: adds the tile's diagonals to a strip in global memory that nobody else adds to. Entry 0 of the
-  // tile is that of its last row and first column, at `start` of the strip.
-  PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
-    const int i = threadIdx.x;
-    if (i >= kBlockRows + kStepRows - 1 || start + i < 0 || start + i >= length) return;
+  // After the last tile: what it carries, as a tile to its right.
+  PYEXT_DEVICE void finish_warp(float (&carried)[2][2]) const {
+    const float nothing[1][kN][4] = {};
+    sum_warp(nothing, carried);
+  }
+
+  // Of entry i, after all warps' sums are there: 0 is that of the last warp's first octet, at the distance of the row
+  // below the tile's last one from its first column.
+  PYEXT_DEVICE float of(int i) const {
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      const int at = i - (kBlockRows - 1) + 16 * warp + 16;
-      if (0 <= at && at < count) sum += sums[warp * count + at];
+      const int at = i - kBlockRows + 16 * (warp + 1);
+      if (0 <= at && at < kStepRows) sum += sums[warp * kStepRows + at];
     }
-    strip[start + i] += sum;
+    return sum;
+  }
+  static PYEXT_DEVICE int64_t start(const AttentionProblem& p, int64_t first_query, int64_t first_key) {
+    return strip_start(p, first_query + kBlockRows, first_key);
+  }
+
+  // Adds all entries to a strip in global memory that nobody else adds to; entry 0 at `start` of the strip.
+  PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
+    const int i = threadIdx.x;
+    if (i < entries && start + i >= 0 && start + i < length) strip[start + i] += of(i);
+  }
+
+ private:
+  // The terms of n octets become those of the half of them that the lane keeps, together with those of lane g ^ bit,
+  // which gives that half away. What it has on the same diagonal stands g ^ bit - g columns further right.
+  template <int bit, int n>
+  static PYEXT_DEVICE void halve(float (&kept)[(n + 1) / 2][2], const float (&terms)[n][2]) {
+    constexpr int half = (n + 1) / 2;
+    const bool upper = lane_row() & bit;
+    const int other = (lane_row() ^ bit) * 4, column = lane_column() + (upper ? -bit : bit);
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      float given[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float high = k + half < n ? terms[(k + half) % n][e] : 0.0f;
+        kept[k][e] = upper ? high : terms[k][e], given[e] = upper ? terms[k][e] : high;
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) kept[k][e] += __shfl_sync(~0u, given[(e + bit) % 2], other + ((column + e) & 7) / 2);
+    }
   }
 };
 

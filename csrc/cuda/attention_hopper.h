@@ -21,10 +21,10 @@ template <int stages>
 struct Ring {
   uint64_t *full, *empty;
 
-  PYEXT_DEVICE void initialise(int consuming_warps) const {
+  PYEXT_DEVICE void initialise(int consuming_warps, int producers = 1) const {
 #pragma unroll
     for (int i = 0; i < stages; ++i) {
-      ptx::mbarrier_init(full + i, 1);
+      ptx::mbarrier_init(full + i, producers);
       ptx::mbarrier_init(empty + i, consuming_warps);
     }
   }
@@ -64,7 +64,7 @@ inline bool fits_map(const Input& t, int64_t batch, int64_t heads, int64_t lengt
 // Whether these kernels take a problem whose rows have at most `widest` features. The highest score must be that of the
 // largest product, so its scale is positive.
 inline bool takes_on_hopper(const AttentionProblem& p, int64_t widest) {
-  return !p.rel_index && fits_tiles(p, p.query, p.key, p.value) && fits_map(p.query, p.batch, p.heads, p.q_len) &&
+  return !p.segment && fits_tiles(p, p.query, p.key, p.value) && fits_map(p.query, p.batch, p.heads, p.q_len) &&
          fits_map(p.key, p.batch, p.kv_heads, p.k_len) && fits_map(p.value, p.batch, p.kv_heads, p.k_len) &&
          p.k_len > 0 && max_of(p.head_dim, p.value_dim) <= widest && float(p.scale) * kLog2e > 0;
 }
@@ -82,6 +82,17 @@ cudaError_t map_rows(ptx::TensorMap* map, const Input& t, const AttentionProblem
 }
 
 // --- Products ---
+
+// A warp's fragments of its 16 rows of a tile whose panels have `rows` rows.
+template <int rows, class T, int K>
+PYEXT_DEVICE void load_left(uint32_t (&fragments)[K][4], const T* panels) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    const int chunk = i * 2 + lane / 16;  // of 16 bytes
+    ptx::ldmatrix(fragments[i], panels + (chunk / 8 * rows + row) * kPanel + (chunk % 8 ^ row % 8) * 8);
+  }
+}
 
 template <int N>
 PYEXT_DEVICE float (&flat(float (&sum)[1][N][4]))[4 * N] {

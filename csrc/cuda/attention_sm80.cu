@@ -10,10 +10,11 @@
 namespace pyext {
 namespace {
 
-template <int width_, int M_, int warps_, int columns_>
+// blocks: that a multiprocessor is to hold, so that one's products run beside another's softmax.
+template <int width_, int M_, int warps_, int columns_, int blocks_ = 1>
 struct ForwardTile {
-  static constexpr int width = width_, M = M_, warps = warps_, columns = columns_, threads = 32 * warps,
-                       rows = 16 * M * warps, N = columns / 8, strip = rows + columns;
+  static constexpr int width = width_, M = M_, warps = warps_, columns = columns_, blocks = blocks_,
+                       threads = 32 * warps, rows = 16 * M * warps, N = columns / 8, strip = rows + columns;
   static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) + int(sizeof(float)) * 2 * strip +
                                       int(sizeof(Visible<threads, rows>));
   template <class T>
@@ -35,7 +36,7 @@ struct RelativeTileOfBoth : ForwardTile<width, M, warps, columns> {
 };
 
 template <class T, class Tile, bool biased>
-__global__ void __launch_bounds__(Tile::threads, 1)
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     attention_forward(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length) {
   constexpr int width = Tile::width, M = Tile::M, N = Tile::N, threads = Tile::threads, columns = Tile::columns;
   using Relative = typename Tile::template Relative<T>;
@@ -82,6 +83,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   if (biased) ahead.store(strip + begin % 2 * Tile::strip);
 
   const int row = threadIdx.x / 32 * 16 * M + lane_row();
+  SegmentRows segments;
+  if (p.segment) segments.read(p, pair, int64_t(first) + row);
   OnlineSoftmax<M> softmax(1);
   float out[M][width / 8][4] = {}, factor[M][2];
   for (int tile = begin; tile < end; ++tile) {
@@ -96,6 +99,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
     finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
                                 range.covers(tile * columns, tile * columns + columns));
+    if constexpr (!std::is_same<Relative, NoRelativeRows>::value)
+      if (p.segment) segments.add_to(s, p, batch, tile * columns);
     softmax.add(s, factor);
     scale_rows(out, factor);
     uint32_t weights[M][N / 2][4];
@@ -127,6 +132,7 @@ int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream
 }
 
 // A warp has 32 rows, so that what it loads of K and V serves two products; at 256 features its registers hold 16.
+// Tiles of 32 keys leave registers and shared memory to more blocks.
 template <class T>
 int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
@@ -143,9 +149,9 @@ int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStrea
     if (width <= 128) return with_bias<T, RelativeTile<128, 1, 4, 32>>(p, w, stream);
     return cudaErrorInvalidValue;
   }
-  if (width <= 64) return with_bias<T, ForwardTile<64, 2, 4, 64>>(p, w, stream);
-  if (width <= 96) return with_bias<T, ForwardTile<96, 2, 4, 64>>(p, w, stream);
-  if (width <= 128) return with_bias<T, ForwardTile<128, 2, 4, 64>>(p, w, stream);
+  if (width <= 64) return with_bias<T, ForwardTile<64, 2, 4, 32, 3>>(p, w, stream);
+  if (width <= 96) return with_bias<T, ForwardTile<96, 2, 4, 64, 2>>(p, w, stream);
+  if (width <= 128) return with_bias<T, ForwardTile<128, 2, 4, 32, 2>>(p, w, stream);
   if (width <= 256) return with_bias<T, ForwardTile<256, 1, 8, 32>>(p, w, stream);
   return cudaErrorInvalidValue;
 }

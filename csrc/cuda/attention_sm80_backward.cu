@@ -47,7 +47,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int kv_head = pair % kv_heads, batch = pair / kv_heads;
   const int query_blocks = int(ceil_div(p.q_len, kStepRows)), sharing = int(p.heads / p.kv_heads);
   const int heads_end = (kv_head + 1) * sharing;
-  const auto range = [&](int block) { return ranges[int64_t(batch) * query_blocks + block]; };
+  const auto range = [&](int block) {  // at once: everybody waits for it
+    const int4 r = reinterpret_cast<const int4*>(ranges)[int64_t(batch) * query_blocks + block];
+    return Range{r.x, r.y, r.z, r.w};
+  };
 
   // The queries that see a key of this block: steps of one head, then of the next that shares the keys.
   struct Step {
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int64_t row = first + own + lane_row() + 8 * half, at = (batch * p.heads + head) * p.q_len + row;
       row_lse[half] = row < p.q_len ? lse[at] : 0.0f, row_delta[half] = row < p.q_len ? delta[at] : 0.0f;
     }
-    float grad_query[1][width / 8][4] = {};
+    float grad_query[1][width / 8][4] = {}, carried[2][2] = {};
     for (int tile = begin; tile < end; ++tile) {
       ptx::cp_async_wait<0>();
       __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
@@ -198,14 +201,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int e = 0; e < 4; ++e)
           ds[0][j][e] = ptx::exp2_approx(s[0][j][e] - row_lse[e / 2]) * (ds[0][j][e] - row_delta[e / 2]);
       }
-      if (diagonals) sums.sum_warp(ds);
+      if (diagonals) sums.sum_warp(ds, carried);
       uint32_t left[1][kN / 2][4];
       as_left<T>(left, ds);
       multiply(grad_query, left, stage(tile % 2));
       if (diagonals) {
         __syncthreads();
-        sums.add_to(slots, strip_length, strip_start(p, first + kBlockRows - 1, int64_t(tile) * kStepRows));
+        sums.add_to(slots, strip_length, Diagonals::start(p, first, int64_t(tile) * kStepRows));
       }
+    }
+    if (diagonals) {
+      __syncthreads();  // all have added the last tile's
+      sums.finish_warp(carried);
+      __syncthreads();
+      sums.add_to(slots, strip_length, Diagonals::start(p, first, int64_t(end) * kStepRows));
     }
     ptx::cp_async_wait<0>();
     const float scaled[1][2] = {{float(p.scale), float(p.scale)}};

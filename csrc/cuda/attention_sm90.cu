@@ -8,7 +8,7 @@
 //
 // Tiles go from the last to the first: under a causal mask, those that must ask who sees what come first.
 // Source: Shah et al., "FlashAttention-3" (2024), algorithm 2.
-#include "attention_hopper.h"
+#include "attention_hopper_relative.h"
 
 namespace pyext {
 namespace {
@@ -53,19 +53,25 @@ struct Work {
   PYEXT_DEVICE int end() const { return seen.end ? (seen.end - 1) / columns + 1 : begin(); }
 };
 
-// Rows of queries and keys, panels one after the other. columns: keys in a tile.
-template <int width_, int consumers_, int columns_, bool queries_in_registers_>
+// Rows of queries and keys, panels one after the other. columns: keys in a tile; relative: whether it has relative rows
+// of queries.
+template <int width_, int consumers_, int columns_, bool queries_in_registers_, bool relative_ = false>
 struct HopperTile {
   static constexpr int width = width_, consumers = consumers_, columns = columns_;
-  static constexpr bool queries_in_registers = queries_in_registers_;
+  static constexpr bool queries_in_registers = queries_in_registers_, relative = relative_;
   static constexpr int rows = 64 * consumers, threads = 128 * (consumers + 1);
   static constexpr int panels = (width + kPanel - 1) / kPanel, strip = rows + columns + 4;
   static constexpr int producer_registers = consumers == 2 ? 40 : 32, consumer_registers = consumers == 2 ? 232 : 160;
   static constexpr int query_bytes = rows * panels * kPanelBytes, key_bytes = columns * panels * kPanelBytes;
   static constexpr int strip_at = query_bytes + 2 * kStages * key_bytes;
-  static constexpr int work_at = strip_at + kStages * strip * int(sizeof(float));
-  static constexpr int barriers = 2 + 3 * 2 * kStages;
+  static constexpr int rows_at = (strip_at + kStages * strip * int(sizeof(float)) + 1023) / 1024 * 1024;
+  static constexpr int ring_at = rows_at + kRelativeStages * kBand * panels * kPanelBytes;
+  static constexpr int work_at =
+      relative ? ring_at + BandRing::shared_bytes(consumers) : strip_at + kStages * strip * int(sizeof(float));
+  static constexpr int barriers = 2 + 3 * 2 * kStages + (relative ? 2 * kRelativeStages : 0);
   static constexpr int shared_bytes = work_at + 32 + barriers * int(sizeof(uint64_t));
+  static_assert(!relative || (queries_in_registers && columns == kBand),
+                "a band of relative rows for each tile of keys");
   static_assert(rows <= kMargin && columns + 4 <= kMargin, "strips are read within their margins");
 };
 
@@ -85,12 +91,23 @@ struct Shared {
   PYEXT_DEVICE Ring<kStages> value_ring() const { return ring(1); }
   PYEXT_DEVICE Ring<kStages> strip_ring() const { return ring(2); }
 
+  // Relative rows, kBand of them to a stage.
+  PYEXT_DEVICE T* band(unsigned n) const {
+    return reinterpret_cast<T*>(data + Tile::rows_at) + n % kRelativeStages * kBand * Tile::panels * kPanel;
+  }
+  PYEXT_DEVICE BandRing products() const { return BandRing(reinterpret_cast<float*>(data + Tile::ring_at)); }
+  PYEXT_DEVICE Ring<kRelativeStages> band_ring() const {
+    uint64_t* const first = barriers() + 2 + 3 * 2 * kStages;
+    return {first, first + kRelativeStages};
+  }
+
   PYEXT_DEVICE void initialise() const {
     if (threadIdx.x == 0) {
       constexpr int warps = 4 * Tile::consumers;
       items().initialise(warps);
 #pragma unroll
       for (int i = 0; i < 3; ++i) ring(i).initialise(warps);
+      if constexpr (Tile::relative) band_ring().initialise(warps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -108,7 +125,7 @@ struct Shared {
 // --- The producer ---
 
 struct Sources {
-  ptx::TensorMap query, key, value;
+  ptx::TensorMap query, key, value, rel_query, rel_rows;  // the last two of tiles with relative rows only
 };
 
 template <class T, class Tile, bool biased>
@@ -116,9 +133,9 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
                           int64_t pitch, int* next_item, const Shared<T, Tile>& shared) {
   constexpr int columns = Tile::columns;
   const bool leads = threadIdx.x % 32 == 0;
-  unsigned count = 0;  // of tiles, whatever the item
+  unsigned count = 0, bands = 0;  // of tiles and bands, whatever the item
   int item = blockIdx.x;
-  for (unsigned n = 0;; ++n) {
+  for (unsigned n = 0;; ++n) {  // of what the queries' memory has held
     const bool last = item >= order.items();
     Work<columns> work{-1, 0, Range::of_nobody()};
     if (!last) {
@@ -142,10 +159,23 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
         const int64_t start = strip_start(p, int64_t(work.first) + Tile::rows - 1, 0) + kMargin;
         strip = strips + (p.diag_heads == 1 ? 0 : head * pitch) + start / 4 * 4;
       }
+      // The band whose first product is that of the last tile's first key with the block's first query.
+      [[maybe_unused]] const int last_band = work.end() - 1 - work.first / kBand;
+      [[maybe_unused]] const auto load_band = [&](int i) {
+        const Ring<kRelativeStages> ring = shared.band_ring();
+        ring.wait_empty(bands);
+        ptx::mbarrier_expect(ring.barrier(bands), kBand * Tile::panels * kPanelBytes);
+        load_panels<Tile::panels, kBand, kBand>(shared.band(bands), from.rel_rows, ring.barrier(bands),
+                                                (last_band - i) * kBand + RelativeRows(p).origin,
+                                                p.rel_q_heads == 1 ? 0 : head, p.rel_q_batch == 1 ? 0 : batch);
+        ++bands;
+      };
+      if (Tile::relative && tiles > 0) load_band(0), load_band(1);
       // Values come a tile after their keys, as they are needed.
 #pragma unroll 1
       for (int i = 0; i <= tiles; ++i) {
         if (i < tiles) {
+          if constexpr (Tile::relative) load_band(i + 2);
           const int key = (work.end() - 1 - i) * columns;
           const Ring<kStages> keys = shared.key_ring();
           keys.wait_empty(count + i);
@@ -160,6 +190,12 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
                            ring.barrier(count + i));
           }
         }
+        if (Tile::relative && i == 0 && tiles > 0) {  // in the place of the queries, which are in registers by now
+          shared.items().wait_empty(++n);
+          ptx::mbarrier_expect(shared.items().barrier(n), Tile::query_bytes);
+          load_panels<Tile::panels, Tile::rows, Tile::rows>(shared.queries(), from.rel_query, shared.items().barrier(n),
+                                                            work.first, head, batch);
+        }
         if (i > 0) {
           const int key = (work.end() - i) * columns;
           const Ring<kStages> values = shared.value_ring();
@@ -172,22 +208,11 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
       count += unsigned(tiles);
       item = next_item ? int(gridDim.x) + atomicAdd(next_item, 1) : order.items();
     }
-    item = __shfl_sync(~0u, item, 0);
+    item = __shfl_sync(~0u, item, 0), n = __shfl_sync(~0u, n, 0);
   }
 }
 
 // --- Consumers ---
-
-// A warp's fragments of its 16 queries.
-template <class T, class Tile>
-PYEXT_DEVICE void load_queries(uint32_t (&fragments)[Tile::width / 16][4], const T* queries) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int i = 0; i < Tile::width / 16; ++i) {
-    const int chunk = i * 2 + lane / 16;  // of 16 bytes
-    ptx::ldmatrix(fragments[i], queries + (chunk / 8 * Tile::rows + row) * kPanel + (chunk % 8 ^ row % 8) * 8);
-  }
-}
 
 template <class T, class Tile, bool biased>
 struct Consumer {
@@ -195,7 +220,7 @@ struct Consumer {
   const AttentionProblem& p;
   const Shared<T, Tile>& shared;
   const int group = threadIdx.x / 128;
-  uint32_t queries[Tile::queries_in_registers ? width / 16 : 1][4];
+  uint32_t queries[Tile::queries_in_registers ? width / 16 : 1][4], rel_queries[Tile::relative ? width / 16 : 1][4];
   float s[1][N][4], out[1][width / 8][4], factor[1][2];
   uint32_t weights[1][N / 2][4];
 
@@ -204,6 +229,29 @@ struct Consumer {
       issue_transposed(s, queries, shared.keys(tile));
     else
       issue_transposed<T, width, Tile::rows>(s, shared.queries() + group * 64 * kPanel, shared.keys(tile));
+  }
+
+  // A band that the other warpgroup alone needs.
+  PYEXT_DEVICE void leave_band(unsigned n) {
+    shared.band_ring().wait_full(n);
+    __syncwarp();  // a lane that comes late could find a later phase
+    shared.band_ring().release(n);
+  }
+
+  // Products of the warpgroup's queries and the n-th band go to the ring of products. The band is what tile `count` has
+  // of distances that the tile before it had not.
+  PYEXT_DEVICE void multiply_band(unsigned n, unsigned count) {
+    const Ring<kRelativeStages> ring = shared.band_ring();
+    ring.wait_full(n);
+    ptx::wgmma_pin(flat(s));
+    ptx::wgmma_fence();
+    issue_transposed(s, rel_queries, shared.band(n));
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(flat(s));
+    ring.release(n);
+    __syncwarp();  // all lanes have read what is overwritten
+    shared.products().store(s[0], count);
+    __syncwarp();
   }
 
   // The scores are there: makes weights of them. `keys`: what the queries of the lane's two rows see.
@@ -216,6 +264,7 @@ struct Consumer {
       __syncwarp();
       shared.strip_ring().release(count);
     }
+    if constexpr (Tile::relative) shared.products().add_to(s[0], count);
     if (!work.seen.covers(tile * columns, tile * columns + columns)) {
       hide_unseen(s[0], 0, keys[0], tile * columns);
       hide_unseen(s[0], 1, keys[1], tile * columns);
@@ -223,12 +272,20 @@ struct Consumer {
     softmax.add(s, factor);
   }
 
-  // Tiles `end - 1` to `begin`, of which the first is the count-th of this block.
-  PYEXT_DEVICE void attend(OnlineSoftmax<1>& softmax, unsigned count, const Work<columns>& work) {
+  // Tiles `end - 1` to `begin`, of which the first is the count-th of this block, and `band` the first one of its
+  // bands.
+  PYEXT_DEVICE void attend(OnlineSoftmax<1>& softmax, unsigned count, [[maybe_unused]] unsigned band,
+                           const Work<columns>& work) {
     const int row = work.first + threadIdx.x / 32 * 16 + lane_row(), batch = work.pair / int(p.heads);
     const Interval keys[2] = {visible(p, batch, row), visible(p, batch, int64_t(row) + 8)};
     const Ring<kStages> key_ring = shared.key_ring(), value_ring = shared.value_ring();
     int tile = work.end() - 1;
+    if constexpr (Tile::relative) {
+      // The second warpgroup's queries are a band further down; the first one does not need the last band.
+      if (group == 1) leave_band(band++);
+      multiply_band(band, count - 1);
+      multiply_band(++band, count);
+    }
     key_ring.wait_full(count);
     ptx::wgmma_fence();
     issue_scores(count);
@@ -241,6 +298,7 @@ struct Consumer {
 #pragma unroll 1
     for (--tile; tile >= work.begin(); --tile) {
       ++count;
+      if constexpr (Tile::relative) multiply_band(++band, count);
       key_ring.wait_full(count);
       ptx::bar_sync(1 + group, 256);  // this warpgroup's turn
       ptx::wgmma_pin(flat(s)), ptx::wgmma_pin(flat(out));
@@ -268,26 +326,34 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(flat(out));
     value_ring.release(count);
+    if (Tile::relative && group == 0) leave_band(band + 1);
   }
 
   PYEXT_DEVICE void run() {
     const Ring<1> items = shared.items();
-    unsigned count = 0;
+    unsigned count = 0, band = 0;
     if (group == Tile::consumers - 1) ptx::bar_arrive(1, 256);  // the first warpgroup's turn
     for (unsigned n = 0;; ++n) {
       items.wait_full(n);
       const Work<columns> work = *shared.work();
       if (work.pair < 0) break;
       if constexpr (Tile::queries_in_registers) {
-        load_queries<T, Tile>(queries, shared.queries());
+        load_left<Tile::rows>(queries, shared.queries());
+        __syncwarp();
+        items.release(n);
+      }
+      const unsigned tiles = unsigned(work.end() - work.begin());
+      if (Tile::relative && tiles > 0) {
+        items.wait_full(++n);
+        load_left<Tile::rows>(rel_queries, shared.queries());
         __syncwarp();
         items.release(n);
       }
       OnlineSoftmax<1> softmax(biased ? 1 : float(p.scale) * kLog2e);
 #pragma unroll
       for (int j = 0; j < width / 8; ++j) out[0][j][0] = out[0][j][1] = out[0][j][2] = out[0][j][3] = 0;
-      if (work.begin() < work.end()) attend(softmax, count, work);
-      count += unsigned(work.end() - work.begin());
+      if (tiles > 0) attend(softmax, count, band, work), band += tiles + 2;
+      count += tiles;
       if constexpr (!Tile::queries_in_registers) {
         __syncwarp();
         items.release(n);
@@ -321,6 +387,16 @@ __global__ void attention_first_item(int* next_item) { *next_item = 0; }
 
 // --- Launch ---
 
+template <class T>
+cudaError_t map_relative(Sources& from, const AttentionProblem& p, void* rows, int query_rows) {
+  const RelativeRows relative(p);
+  Input expanded;
+  expanded.data = rows, expanded.row = p.head_dim;
+  expanded.head = relative.count * p.head_dim, expanded.batch = p.rel_q_heads * expanded.head;
+  const cudaError_t error = map_rows<T>(&from.rel_rows, expanded, p, p.rel_q_heads, relative.count, p.head_dim, kBand);
+  return error ? error : map_rows<T>(&from.rel_query, p.rel_query, p, p.heads, p.q_len, p.head_dim, query_rows);
+}
+
 template <class T, class Tile, bool biased>
 int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   if (ceil_div(p.q_len, Tile::rows) * p.heads * p.batch > INT32_MAX / 2) return cudaErrorInvalidValue;
@@ -328,6 +404,7 @@ int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaS
   cudaError_t error = map_rows<T>(&from.query, p.query, p, p.heads, p.q_len, p.head_dim, Tile::rows);
   if (!error) error = map_rows<T>(&from.key, p.key, p, p.kv_heads, p.k_len, p.head_dim, Tile::columns);
   if (!error) error = map_rows<T>(&from.value, p.value, p, p.kv_heads, p.k_len, p.value_dim, Tile::columns);
+  if (!error && Tile::relative) error = map_relative<T>(from, p, static_cast<char*>(p.workspace) + w.bytes, Tile::rows);
   const Order order(p, Tile::rows);
   const int blocks = int(min_of(order.items(), ptx::multiprocessors()));
   const bool goes_on = blocks < order.items();
@@ -349,6 +426,11 @@ int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream
 template <class T>
 int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
+  if (p.rel_q.data) {
+    if (const int error = expand_rows<T>(p, static_cast<char*>(p.workspace) + w.bytes, stream)) return error;
+    if (width <= 64) return launch_forward<T, HopperTile<64, 2, kBand, true, true>, false>(p, w, stream);
+    return launch_forward<T, HopperTile<128, 2, kBand, true, true>, false>(p, w, stream);
+  }
   const bool all_visible = !p.intervals && p.left >= p.k_len - 1 && p.right >= p.q_len - 1;
   if (width <= 64) return with_bias<T, HopperTile<64, 3, 128, false>>(p, w, stream);
   if (width <= 96) return with_bias<T, HopperTile<96, 2, 128, true>>(p, w, stream);
@@ -362,7 +444,8 @@ int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStrea
 
 extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem& p) {
   using namespace pyext;
-  return takes_on_hopper(p, 256) ? AttentionWorkspace(p, nullptr, false, 0, 0, kMargin).bytes : -1;
+  if (p.rel_index ? !takes_relative_rows(p) : !takes_on_hopper(p, 256)) return -1;
+  return AttentionWorkspace(p, nullptr, false, 0, 0, kMargin).bytes + (p.rel_index ? RelativeRows(p).bytes : 0);
 }
 
 extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem& p, void* stream) {

@@ -2,7 +2,8 @@
 // one kernel for dK and dV and another for dQ and the gradients of strips, with rows by TMA and products by wgmma.
 //
 // Two warpgroups consume, 64 rows of the block each; what a product needs as its left operand stays in registers: P^T
-// and dS^T there, dS here. One warp produces: it finds who sees whom, and fills a ring of two stages.
+// and dS^T there, dS, Q and dO here. One warp produces: it finds who sees whom, and fills a ring of two stages. The
+// producer's other three warps add up the gradients of strips.
 // Source: Shah et al., "FlashAttention-3" (2024), section 3.2, with its loops apart.
 #include "attention_backward.h"
 #include "attention_hopper.h"
@@ -12,7 +13,7 @@ namespace {
 
 constexpr int kBlockThreads = kThreads + 128;  // the consumers' and the producer's warpgroup
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-constexpr int kConsuming = 1;  // the named barrier of the consumers
+constexpr int kSummingWarps = 3, kSummingThreads = 32 * kSummingWarps;  // the last ones of the producer's warpgroup
 
 struct Sources {
   ptx::TensorMap query, key, value, grad;
@@ -29,7 +30,7 @@ template <class T, int width, class Other>
 struct Shared {
   using P = Panels<width>;
   static constexpr int other_at = 2 * P::block_bytes + 2 * kStages * P::step_bytes;
-  static constexpr int barriers_at = (other_at + int(sizeof(Other)) + 7) / 8 * 8, rings = 2;
+  static constexpr int barriers_at = (other_at + int(sizeof(Other)) + 7) / 8 * 8, rings = 3;
   static constexpr int bytes = barriers_at + (2 + rings * 2 * kStages) * int(sizeof(uint64_t));
   char* data;
 
@@ -43,11 +44,14 @@ struct Shared {
     uint64_t* const first = barriers() + 2 + i * 2 * kStages;
     return {first, first + kStages};
   }
+  // Of the sums of diagonals: all consumers' warps fill it.
+  PYEXT_DEVICE Ring<kStages> sums_ring() const { return ring(2); }
   PYEXT_DEVICE void initialise() const {
     if (threadIdx.x == 0) {
       blocks().initialise(kWarps);
 #pragma unroll
-      for (int i = 0; i < rings; ++i) ring(i).initialise(kWarps);
+      for (int i = 0; i < 2; ++i) ring(i).initialise(kWarps);
+      sums_ring().initialise(kSummingWarps, kWarps);
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
@@ -57,17 +61,40 @@ struct Shared {
   PYEXT_DEVICE uint64_t* barriers() const { return reinterpret_cast<uint64_t*>(data + barriers_at); }
 };
 
-// The producer's warp runs `produce`, the consumers run `consume`.
-template <class Produce, class Consume>
-PYEXT_DEVICE void in_roles(const Produce& produce, const Consume& consume) {
+// The producer's warp runs `produce`, its neighbours `sum`, the consumers `consume`.
+template <class Produce, class Sum, class Consume>
+PYEXT_DEVICE void in_roles(const Produce& produce, const Sum& sum, const Consume& consume) {
   if (threadIdx.x >= kThreads) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x < kThreads + 32) produce();
+    if (threadIdx.x < kThreads + 32)
+      produce();
+    else
+      sum();
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
     consume();
   }
 }
+
+// A warpgroup's 64 rows of the block as the left operand of products: in registers, or where TMA has put them.
+template <class T, int width, bool in_registers>
+struct LeftOperand {
+  const T* rows;
+
+  PYEXT_DEVICE explicit LeftOperand(const T* block) : rows(block + threadIdx.x / 128 * 64 * kPanel) {}
+  PYEXT_DEVICE void issue_transposed(float (&sum)[1][kN][4], const T* step) const {
+    pyext::issue_transposed<T, width, kBlockRows>(sum, rows, step);
+  }
+};
+template <class T, int width>
+struct LeftOperand<T, width, true> {
+  uint32_t rows[width / 16][4];
+
+  PYEXT_DEVICE explicit LeftOperand(const T* block) { load_left<kBlockRows>(rows, block); }
+  PYEXT_DEVICE void issue_transposed(float (&sum)[1][kN][4], const T* step) const {
+    pyext::issue_transposed(sum, rows, step);
+  }
+};
 
 // What as_left made of an accumulator, rounded as it is.
 template <class T, int N>
@@ -186,8 +213,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   const auto consume = [&] {
     const int row = threadIdx.x / 32 * 16 + lane_row();
-    const T* const keys = shared.block(0) + threadIdx.x / 128 * 64 * kPanel;
-    const T* const values = shared.block(1) + threadIdx.x / 128 * 64 * kPanel;
+    using Left = LeftOperand<T, width, width <= 64>;  // more would not leave room for the sums
     const float scale = float(p.scale) * kLog2e;
     float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
     // At 128 features registers are short while weights are made: dP comes after them, and the other warpgroup's
@@ -196,6 +222,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     float p_t[1][kN][4], ds_t[1][kN][4];
     uint32_t left[1][kN / 2][4];
     shared.blocks().wait_full(0);
+    const Left keys(shared.block(0)), values(shared.block(1));
 #pragma unroll 1
     for (unsigned n = 0;; ++n) {
       ring.wait_full(n);
@@ -203,8 +230,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       if (!stage.more) break;
       ptx::wgmma_pin(flat(p_t)), ptx::wgmma_pin(flat(ds_t));
       ptx::wgmma_fence();
-      issue_transposed<T, width, kBlockRows>(p_t, keys, shared.step(0, n));
-      if (early) issue_transposed<T, width, kBlockRows>(ds_t, values, shared.step(1, n));
+      keys.issue_transposed(p_t, shared.step(0, n));
+      if (early) values.issue_transposed(ds_t, shared.step(1, n));
       ptx::wgmma_wait<early>();
       ptx::wgmma_pin(flat(p_t));
       to_weights<biased>(p_t, scale, stage.of_queries, row, first_key, stage.all);
@@ -212,7 +239,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       ptx::wgmma_pin(left[0]), ptx::wgmma_pin(flat(grad_value));
       ptx::wgmma_fence();
       issue_product(grad_value, left, shared.step(1, n));
-      if (!early) issue_transposed<T, width, kBlockRows>(ds_t, values, shared.step(1, n));
+      if (!early) values.issue_transposed(ds_t, shared.step(1, n));
       ptx::wgmma_wait<early>();
       ptx::wgmma_pin(flat(ds_t));
       if (!early) from_left<T>(p_t, left);
@@ -238,7 +265,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     store(p.grad_key, p.head_dim, grad_key, scaled);
     store(p.grad_value, p.value_dim, grad_value, plain);
   };
-  in_roles(produce, consume);
+  in_roles(produce, [] {}, consume);
 }
 
 // --- dQ, and the gradients of strips: the block's rows are queries and gradients, the steps' are keys and values ---
@@ -247,7 +274,7 @@ template <bool diagonals>
 struct QueryOther {
   Range seen;  // by the queries of the block
   float strip[kStages][QueryTile::strip];
-  float sums[diagonals ? Diagonals::floats : 1];
+  float sums[kStages][diagonals ? Diagonals::floats : 1];
 };
 
 template <class T, int width, bool biased, bool diagonals>
@@ -308,17 +335,40 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
   };
 
+  // An entry of the strip is always the same thread's: nobody waits for another's addition.
+  const auto sum = [&] {
+    if constexpr (diagonals) {
+      const int thread = threadIdx.x - kThreads - 32;
+      float* const slot = slots + blockIdx.x * strip_length;
+      for (int64_t u = thread; u < strip_length; u += kSummingThreads) slot[u] = 0;
+      unsigned count = 0;
+      for (int block = last_block; block >= 0; block -= per_head) {
+        const int first = block * kBlockRows;
+        const Interval tiles = tiles_of(find_visible<kBlockRows>(p, batch, first));
+        for (int tile = tiles.begin; tile <= tiles.end; ++tile, ++count) {  // and what the last one carries
+          const int64_t start = Diagonals::start(p, first, int64_t(tile) * kStepRows);
+          const Diagonals sums(shared.other().sums[count % kStages]);
+          const int entry = int((thread - start) % kSummingThreads);
+          shared.sums_ring().wait_full(count);
+          for (int i = entry < 0 ? entry + kSummingThreads : entry; i < Diagonals::entries; i += kSummingThreads)
+            if (start + i >= 0 && start + i < strip_length) slot[start + i] += sums.of(i);
+          __syncwarp();
+          shared.sums_ring().release(count);
+        }
+      }
+    }
+  };
+
   const auto consume = [&] {
     const int own = threadIdx.x / 32 * 16;
-    const T* const queries = shared.block(0) + threadIdx.x / 128 * 64 * kPanel;
-    const T* const grads = shared.block(1) + threadIdx.x / 128 * 64 * kPanel;
-    [[maybe_unused]] const Diagonals sums(shared.other().sums);
-    [[maybe_unused]] float* const slot = slots + blockIdx.x * strip_length;
-    if (diagonals) {
-      for (int64_t u = threadIdx.x; u < strip_length; u += kThreads) slot[u] = 0;
-      ptx::bar_sync(kConsuming, kThreads);
-    }
     unsigned count = 0, n = 0;
+    // Sums are counted as tiles are, and one more for every block before.
+    const auto hand_on = [&](unsigned at, const auto& write) {
+      shared.sums_ring().wait_empty(at);
+      write(Diagonals(shared.other().sums[at % kStages]));
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.sums_ring().barrier(at));
+    };
     for (int block = last_block; block >= 0; block -= per_head, ++n) {
       const int first = block * kBlockRows;
       Interval keys[2];
@@ -329,10 +379,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         row_lse[half] = row < p.q_len ? lse[at] : 0.0f, row_delta[half] = row < p.q_len ? delta[at] : 0.0f;
         keys[half] = visible(p, batch, row);
       }
-      float grad_query[1][width / 8][4] = {}, s[1][kN][4], ds[1][kN][4];
+      float grad_query[1][width / 8][4] = {}, s[1][kN][4], ds[1][kN][4], carried[2][2] = {};
       uint32_t left[1][kN / 2][4];
       items.wait_full(n);
       const Range seen = shared.other().seen;
+      const LeftOperand<T, width, true> queries(shared.block(0)), grads(shared.block(1));
+      __syncwarp();
+      items.release(n);
       const Interval tiles = tiles_of(seen);
 #pragma unroll 1
       for (int tile = tiles.begin; tile < tiles.end; ++tile, ++count) {
@@ -340,10 +393,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         key_ring.wait_full(count);
         ptx::wgmma_pin(flat(s)), ptx::wgmma_pin(flat(ds));
         ptx::wgmma_fence();
-        issue_transposed<T, width, kBlockRows>(s, queries, shared.step(0, count));
+        queries.issue_transposed(s, shared.step(0, count));
         value_ring.wait_full(count);
         ptx::wgmma_fence();
-        issue_transposed<T, width, kBlockRows>(ds, grads, shared.step(1, count));
+        grads.issue_transposed(ds, shared.step(1, count));
         ptx::wgmma_wait<1>();
         ptx::wgmma_pin(flat(s));
         if constexpr (biased)
@@ -370,29 +423,23 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #pragma unroll
           for (int e = 0; e < 4; ++e) ds[0][j][e] = s[0][j][e] * (ds[0][j][e] - row_delta[e / 2]);
         }
-        if (diagonals) sums.sum_warp(ds);
         as_left<T>(left, ds);
         ptx::wgmma_pin(left[0]), ptx::wgmma_pin(flat(grad_query));
         ptx::wgmma_fence();
         issue_product(grad_query, left, shared.step(0, count));
+        if constexpr (diagonals) hand_on(count + n, [&](const Diagonals& sums) { sums.sum_warp(ds, carried); });
         ptx::wgmma_wait<0>();
         ptx::wgmma_pin(flat(grad_query));
         __syncwarp();  // all lanes are done with the strip
         key_ring.release(count);
-        if (diagonals) {
-          ptx::bar_sync(kConsuming, kThreads);
-          sums.add_to(slot, strip_length, strip_start(p, int64_t(first) + kBlockRows - 1, first_key));
-          ptx::bar_sync(kConsuming, kThreads);  // before the sums are written again
-        }
       }
-      __syncwarp();
-      items.release(n);
+      if constexpr (diagonals) hand_on(count + n, [&](const Diagonals& sums) { sums.finish_warp(carried); });
       const float scaled[1][2] = {{float(p.scale), float(p.scale)}};
       store_rows(static_cast<T*>(p.grad_query.data) + batch * p.grad_query.batch + head * p.grad_query.head,
                  p.grad_query.row, int64_t(first) + own, p.q_len, p.head_dim, grad_query, scaled);
     }
   };
-  in_roles(produce, consume);
+  in_roles(produce, sum, consume);
 }
 
 // --- Launch ---
@@ -447,7 +494,7 @@ int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStrea
 
 extern "C" int64_t pyext_cuda_attention_backward_sm90_workspace(const pyext::AttentionProblem& p) {
   using namespace pyext;
-  const bool takes = takes_on_hopper(p, 128) && p.q_len > 0 && p.batch * p.heads > 0 &&
+  const bool takes = !p.rel_index && takes_on_hopper(p, 128) && p.q_len > 0 && p.batch * p.heads > 0 &&
                      fits_tiles(p, p.out, p.grad_out) && fits_map(p.grad_out, p.batch, p.heads, p.q_len);
   return takes ? workspace_of(p, nullptr).bytes : -1;
 }

@@ -19,16 +19,18 @@ PYEXT_DEVICE int lane_column() { return threadIdx.x % 4 * 2; }
 
 template <class T, int width>
 struct SharedTile {
+  using Element = T;
   T* data;
   PYEXT_DEVICE T* at(int row, int column) const { return data + row * (width + 8) + column; }
 };
 template <int width>
-constexpr int tile_elements(int rows) {
+__host__ __device__ constexpr int tile_elements(int rows) {
   return rows * (width + 8);
 }
 
-// Starts the copy of `rows` rows from row `first` on; zeros beyond row `count` and beyond `columns`.
-template <int threads, int rows, class T, int width>
+// Starts the copy of `rows` rows from row `first` on; zeros beyond row `count` and beyond `columns`, and with `before`
+// for rows before 0, too.
+template <int threads, int rows, bool before = false, class T, int width>
 PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, int64_t row_stride, int64_t first,
                             int64_t count, int64_t columns) {
   constexpr int chunks = width / 8;
@@ -36,17 +38,16 @@ PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, i
 #pragma unroll 1  // addresses of several chunks at once would cost the registers that products need
   for (int n = 0; n < rows * chunks / threads; ++n) {
     const int i = n * threads + threadIdx.x, row = i / chunks, column = i % chunks * 8;
-    const bool valid = first + row < count && column < columns;
+    const bool valid = first + row < count && column < columns && (!before || first + row >= 0);
     ptx::cp_async(tile.at(row, column), matrix + (valid ? (first + row) * row_stride + column : 0), valid);
   }
 }
 
 // --- Products ---
 
-// sum += a b^T for 16 M rows of a from `a_row` on and the first 8 N rows of b.
-template <int M, int N, class T, int width>
-PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row,
-                                      const SharedTile<T, width>& b) {
+// sum += a b^T for 16 M rows of a from `a_row` on and the first 8 N rows of b, a tile or what else has rows.
+template <int M, int N, class T, int width, class Rows>
+PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row, const Rows& b) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 2  // all at once, and the fragments of later steps would cost the registers of the sums
   for (int k = 0; k < width; k += 16) {
@@ -80,14 +81,14 @@ PYEXT_DEVICE void as_left(uint32_t (&left)[M][N / 2][4], const float (&sum)[M][N
 }
 
 // sum += left b for the first 16 K rows of b.
-template <int M, int K, class T, int width>
-PYEXT_DEVICE void multiply(float (&sum)[M][width / 8][4], const uint32_t (&left)[M][K][4],
-                           const SharedTile<T, width>& b) {
+template <int M, int K, int J, class Rows>
+PYEXT_DEVICE void multiply(float (&sum)[M][J][4], const uint32_t (&left)[M][K][4], const Rows& b) {
+  using T = typename Rows::Element;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
 #pragma unroll
-    for (int j = 0; j < width / 8; j += 2) {
+    for (int j = 0; j < J; j += 2) {
       uint32_t right[4];
       ptx::ldmatrix_transposed(right, b.at(16 * k + lane % 16, 8 * j + lane / 16 * 8));
 #pragma unroll
@@ -291,6 +292,57 @@ PYEXT_DEVICE void finish_scores(float (&s)[Tile::M][Tile::N][4], float scale, co
   }
 }
 
+// --- Segments ---
+
+// Of two rows of a lane, the first one at `row`; 0 for rows that do not exist.
+PYEXT_DEVICE void load_ids(int (&to)[2], const int32_t* ids, int64_t row, int64_t count) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) to[half] = row + 8 * half < count ? ids[row + 8 * half] : 0;
+}
+
+// In units of log2. pair: of batch entry and head; same: whether the key is of the query's segment.
+PYEXT_DEVICE float segment_score(const AttentionProblem& p, int64_t pair, int64_t query, int same) {
+  return static_cast<const float*>(p.segment)[2 * (pair * p.q_len + query) + same] * kLog2e;
+}
+
+// What a lane's two queries add to their scores by segments.
+struct SegmentRows {
+  int ids[2];
+  float scores[2][2];  // of a key of another segment, and of the same one; in units of log2
+
+  PYEXT_DEVICE void read(const AttentionProblem& p, int64_t pair, int64_t row) {
+    load_ids(ids, p.segment_q + pair / p.heads * p.segment_q_batch, row, p.q_len);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int same = 0; same < 2; ++same)
+        scores[half][same] = row + 8 * half < p.q_len ? segment_score(p, pair, row + 8 * half, same) : 0.0f;
+    }
+  }
+
+  // Bit 4 j + e of the result: s[0][j][e] is of a query and a key of the same segment. Keys that do not exist pass for
+  // the nearest one.
+  template <int N>
+  PYEXT_DEVICE uint32_t add_to(float (&s)[1][N][4], const AttentionProblem& p, int64_t batch, int first_key) const {
+    const int32_t* of_keys = p.segment_k + batch * p.segment_k_batch;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int id = of_keys[max(0, min(first_key + 8 * j + lane_column() + e, int(p.k_len) - 1))];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool same = ids[half] == id;
+          s[0][j][2 * half + e] += same ? scores[half][1] : scores[half][0];
+          bits |= uint32_t(same) << (4 * j + 2 * half + e);
+        }
+      }
+    }
+    return bits;
+  }
+};
+
 // --- Softmax ---
 
 // Of 16 M rows so far: exact sums of what one lane holds, relative to the row's highest score. Scores times `scale`,
@@ -353,8 +405,8 @@ struct OnlineSoftmax {
 template <class... Tensors>
 bool fits_tiles(const AttentionProblem& p, const Tensors&... tensors) {
   return p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && has_aligned_rows(p.dtype, tensors...) && !p.dense.data &&
-         !p.segment && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q && p.softcap == 0 &&
-         p.dropout_p == 0;
+         (!p.segment || p.rel_q.data) && !p.mask.data && !p.block_offsets && !p.sinks && !p.cu_seqlens_q &&
+         p.softcap == 0 && p.dropout_p == 0;
 }
 
 }  // namespace

@@ -18,19 +18,20 @@ class Tiles(NamedTuple):
     relative_both: int | None = None  # the same with relative rows of keys
     backward: int | None = None
     strip_gradient: int | None = None  # the backward that also adds up the gradient of a diagonal bias
+    relative_backward: int | None = None  # with relative rows of queries, with or without a diagonal bias
+    relative_both_backward: int | None = None  # the same with relative rows of keys
 
 
 #: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all but one.
 TILES = {
-    64: Tiles(57_920, 82_496, 114_368, 77_312, 99_456),
-    96: Tiles(82_496, 102_976, 143_040, 110_080, 132_224),
-    128: Tiles(107_072, 123_456, 171_712, 142_848, 164_992),
+    64: Tiles(39_232, 82_496, 114_368, 77_312, 78_464, 79_168, 109_312),
+    96: Tiles(82_496, 102_976, 143_040, 110_080, 111_232, 110_016, 146_624),
+    128: Tiles(72_000, 123_456, 171_712, 142_848, 144_000, 110_016, 146_624),
     256: Tiles(137_600),
 }
 #: Fields of the problem that the kernels do not know, as a refusal calls them.
 _UNKNOWN = {
     "dense": "a dense bias",
-    "segment": "a segment bias",
     "mask": "a dense mask",
     "block_offsets": "a mask of several ranges of keys per query",
     "sinks": "sinks",
@@ -49,11 +50,11 @@ def limits(problem: tuple) -> str | None:
             return f"its kernels do not know {what}"
     if p.rel_k is not None and p.rel_q is None:
         return "its kernels do not know a bias of relative rows of keys alone"
+    if p.segment is not None and p.rel_q is None:
+        return "its kernels do not know a segment bias without one of relative rows"
     if p.cu_seqlens_q is not None and (p.diag is not None or p.rel_q is not None):
         return "its kernels do not know a bias over packed sequences"
     gradient = _register.is_recorded(problem)
-    if p.rel_q is not None and gradient:
-        return "its kernels have no gradient of a bias of relative rows"
     return _limit_of_sizes(p, gradient)
 
 
@@ -75,9 +76,12 @@ def _limit_of_sizes(p: AttentionProblem, gradient: bool) -> str | None:
 def _limit_of_memory(p: AttentionProblem, width: int, gradient: bool) -> str | None:
     """What a GPU with less shared memory than an A100 has against a problem."""
     tiles = next(tiles for features, tiles in TILES.items() if width <= features)
-    need = tiles.forward if p.rel_q is None else tiles.relative if p.rel_k is None else tiles.relative_both
-    if gradient:
-        need = tiles.backward if p.diag is None or not p.diag.requires_grad else tiles.strip_gradient
+    need = [tiles.forward if p.rel_q is None else tiles.relative if p.rel_k is None else tiles.relative_both]
+    if gradient and p.rel_q is not None:
+        need.append(tiles.relative_backward if p.rel_k is None else tiles.relative_both_backward)
+    elif gradient:
+        need.append(tiles.backward if p.diag is None or not p.diag.requires_grad else tiles.strip_gradient)
+    need = max(need)
     has = _native.shared_memory(p.query.device)
     return None if need <= has else f"a block of the GPU has {has} bytes of shared memory, and its kernels need {need}"
 

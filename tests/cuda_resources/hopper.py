@@ -14,36 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .compiled import SOURCES, Kernel, kernels
+from .model import H200, NAMES, table
+from .sass import Instruction, count, loops, of_full_tiles
+from .sass import instructions as sass_of
 
-# An H200 at the clock at which its peak is quoted: 132 multiprocessors x 4096 flops per cycle = 989 TF/s.
-MULTIPROCESSORS, CLOCK, FLOPS = 132, 1.83e9, 4096
-SCHEDULERS, SHARED_BYTES, L2_BYTES = 4, 128, 32  # of a multiprocessor; bytes per cycle, the latter about
-LANES = {"mufu": 16, "fma": 128, "alu": 64}  # per cycle and multiprocessor
-FMA = ("FFMA", "FMUL", "FADD", "IMAD")
-ALU = ("FMNMX", "FSEL", "FSETP", "ISETP", "LOP3", "F2FP", "SEL", "IADD3", "VIADD", "LEA", "PLOP3", "SHF", "MOV", "PRMT")
 SHUFFLE, LATENCY = 30, 1500  # cycles: of a shuffle; about, from taking an item to its first scores, and to its end
 #: What FlashAttention-3 reaches of its own bound with this structure: 661 of 989 TF/s (its table 2).
 EFFICIENCY = 0.67
-
-
-@dataclass(frozen=True)
-class Instruction:
-    address: int
-    text: str  # without predicate
-
-    @property
-    def name(self) -> str:
-        return re.split(r"[. ]", self.text)[0]
-
-    @property
-    def target(self) -> int | None:
-        match = re.match(r"BRA.* 0x([0-9a-f]+)$", self.text)
-        return int(match[1], 16) if match else None
-
-
-def instructions(sass: str) -> list[Instruction]:
-    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?) *; ", sass, re.MULTILINE)
-    return [Instruction(int(address, 16), text) for address, text in found]
 
 
 @dataclass(frozen=True)
@@ -54,12 +31,17 @@ class Tile:
     consumers: int
     columns: int
     queries_in_registers: bool
+    relative: bool  # rows of queries
     biased: bool
 
     @classmethod
     def of(cls, kernel: Kernel) -> Tile:
-        numbers, registers, biased = re.search(r"HopperTile<([\d, ]+), (\w+)>, (\w+)", kernel.name).groups()
-        return cls(*map(int, numbers.split(",")), registers == "true", biased == "true")
+        numbers, *flags = re.search(r"HopperTile<([\d, ]+), (\w+), (\w+)>, (\w+)", kernel.name).groups()
+        return cls(*map(int, numbers.split(",")), *(flag == "true" for flag in flags))
+
+    @property
+    def bias(self) -> str:
+        return "relative rows" if self.relative else "diagonal" if self.biased else ""
 
     @property
     def rows(self) -> int:
@@ -68,13 +50,16 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         panels = -(-self.width // 64)
-        strip = 2 * 4 * (self.rows + self.columns + 4)
-        return (self.rows + 4 * self.columns) * panels * 128 + strip + 32 + 14 * 8
+        tiles, strip = (self.rows + 4 * self.columns) * panels * 128, 2 * 4 * (self.rows + self.columns + 4)
+        if self.relative:  # a tile of strips keeps its place, three bands of relative rows, and products with them
+            return -(-(tiles + strip) // 1024) * 1024 + 3 * 64 * panels * 128 + self.rows * 136 * 4 + 32 + 20 * 8
+        return tiles + strip + 32 + 14 * 8
 
     @property
     def products(self) -> Counter:
         """The wgmma of one tile and warpgroup, by their N: what the arithmetic needs."""
-        return Counter({self.columns: self.width // 16}) + Counter({self.width: self.columns // 16})
+        of_scores = Counter({self.columns: self.width // 16 * (2 if self.relative else 1)})
+        return of_scores + Counter({self.width: self.columns // 16})
 
 
 @dataclass(frozen=True)
@@ -100,6 +85,11 @@ class Backward:
         return Counter({self.columns: 2 * (self.width // 16)}) + Counter({self.width: each})
 
     @property
+    def left_in_registers(self) -> bool:
+        """The left operands of S and dP."""
+        return not self.keys or self.width <= 64
+
+    @property
     def overlaps(self) -> bool:
         """Whether a warpgroup's exponentials run beside a product of its own. Registers do not allow it everywhere."""
         return not self.keys or self.width <= 96
@@ -109,15 +99,8 @@ class Loop:
     """The loop over tiles of a kernel: the innermost one with products."""
 
     def __init__(self, sass: str):
-        everything = instructions(sass)
-        loops = []
-        for branch in everything:
-            if branch.target is not None and branch.target < branch.address:
-                body = [i for i in everything if branch.target <= i.address <= branch.address]
-                if any(i.name == "HGMMA" for i in body):
-                    loops.append(body)
-        self.body = min(loops, key=len)
-        self.kernel = everything
+        self.kernel = sass_of(sass)
+        self.body = min((body for body in loops(self.kernel) if count(body, "HGMMA")), key=len)
 
     def count(self, pattern: str) -> int:
         return sum(re.match(pattern, i.text) is not None for i in self.body)
@@ -139,16 +122,9 @@ class Loop:
         return found
 
     @functools.cached_property
-    def of_full_tiles(self) -> Counter:
-        """Instructions by name without those that masks need, which a forward branch skips on all but edge tiles."""
-        skipped: set[int] = set()
-        for branch in self.body:
-            if branch.target is not None and branch.address < branch.target <= self.body[-1].address:
-                inside = [i for i in self.body if branch.address < i.address < branch.target]
-                names = Counter(i.name for i in inside)
-                if names["FSEL"] >= 32 and not names["HGMMA"] and not names["MUFU"]:
-                    skipped |= {i.address for i in inside}
-        return Counter(i.name for i in self.body if i.address not in skipped)
+    def full(self) -> list[Instruction]:
+        """What a tile costs that no mask cuts."""
+        return of_full_tiles(self.body)
 
 
 loop_of = functools.cache(Loop)
@@ -166,7 +142,7 @@ def complaints(kernel: Kernel) -> list[str]:
     if loop.products != tile.products:
         found.append(f"products {dict(loop.products)}, expected {dict(tile.products)}")
     waits, fences = loop.count(r"WARPGROUP\.DEPBAR"), loop.count(r"WARPGROUP\.ARRIVE")
-    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (2, 1)
+    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (3, 2) if tile.relative else (2, 1)
     if (waits, fences) != expected:
         found.append(f"{waits} waits for products and {fences} fences, expected {expected[0]} and {expected[1]}")
     exponentials = loop.under_way("MUFU")
@@ -179,41 +155,37 @@ def complaints(kernel: Kernel) -> list[str]:
     return found
 
 
-# --- The model: cycles of a multiprocessor per tile, for each unit as if nothing else were ---
+# --- The model ---
 
 
 def _units(kernel: Kernel, tile: Tile | Backward, operands: int, loaded: int) -> dict[str, float]:
     """operands: bytes of shared memory that one warpgroup's products read; loaded: by TMA."""
-    count, warps = loop_of(kernel.sass).of_full_tiles, 4 * tile.consumers
-    return {
-        "tensor": sum(n * times for n, times in tile.products.items()) * tile.consumers * 64 * 16 * 2 / FLOPS,
-        "mufu": count["MUFU"] * warps * 32 / LANES["mufu"],
-        "issue": sum(count.values()) * warps / SCHEDULERS,
-        "fma": sum(count[name] for name in FMA) * warps * 32 / LANES["fma"],
-        "alu": sum(count[name] for name in ALU) * warps * 32 / LANES["alu"],
-        "shared": (tile.consumers * operands + loaded) / SHARED_BYTES + count["LDS"] * warps,
-        "L2": loaded / L2_BYTES,
-    }
+    flops = sum(n * times for n, times in tile.products.items()) * tile.consumers * 64 * 16 * 2
+    code = ((i, 1) for i in loop_of(kernel.sass).full)
+    return H200.units(code, 4 * tile.consumers, flops, tile.consumers * operands, loaded)
 
 
 def cycles(kernel: Kernel) -> dict[str, float]:
     tile = Tile.of(kernel)
-    operands = tile.width // 16 * (32 * tile.columns + (0 if tile.queries_in_registers else 2048))
-    operands += tile.columns // 16 * 32 * tile.width
-    loaded = 4 * tile.columns * tile.width + (4 * (tile.rows + tile.columns) if tile.biased else 0)
+    operands = sum(times * 32 * n for n, times in tile.products.items())
+    operands += 0 if tile.queries_in_registers else tile.width // 16 * 2048
+    loaded = (6 if tile.relative else 4) * tile.columns * tile.width
+    loaded += 4 * (tile.rows + tile.columns) if tile.biased else 0
     return _units(kernel, tile, operands, loaded)
 
 
 def cycles_backward(kernel: Kernel) -> dict[str, float]:
     tile = Backward.of(kernel)
-    operands = sum(times * 32 * n for n, times in tile.products.items()) + 2 * (tile.width // 16) * 2048
+    operands = sum(times * 32 * n for n, times in tile.products.items())
+    if not tile.left_in_registers:
+        operands += 2 * (tile.width // 16) * 2048
     return _units(kernel, tile, operands, 4 * tile.columns * tile.width)
 
 
 def softmax_path(kernel: Kernel) -> tuple[float, float]:
     """Cycles that a warpgroup's softmax takes by itself, one warp to a scheduler, and those it has until its turn for
     the tensor cores comes again."""
-    tile, count = Tile.of(kernel), loop_of(kernel.sass).of_full_tiles
+    tile, count = Tile.of(kernel), Counter(i.name for i in loop_of(kernel.sass).full)
     highest = 2 * count["FMNMX"] + 2 * SHUFFLE
     weights = max(8 * count["MUFU"], count["FFMA"] + count["FADD"])
     alone = highest + weights + 2 * count["F2FP"] + count["FMUL"] + (2 * count["LDS"] if tile.biased else 0)
@@ -224,14 +196,14 @@ def predicted(kernel: Kernel) -> tuple[str, float, float]:
     """The unit that limits, the TF/s it allows, and those that a kernel of this structure reaches of them."""
     tile, units = Tile.of(kernel), cycles(kernel)
     limit = max(units, key=units.get)
-    bound = 4 * tile.rows * tile.columns * tile.width / units[limit] * MULTIPROCESSORS * CLOCK / 1e12
+    bound = H200.rate(4 * tile.rows * tile.columns * tile.width, units[limit])
     return limit, bound, bound * EFFICIENCY
 
 
 def predicted_call(kernel: Kernel, pairs: int, length: int, causal: bool) -> float:
     """TF/s of a whole call with this many (batch, head) pairs: items of work in the kernel's order, each taken by the
     multiprocessor that is free first. Masked halves of the square do not count as work, but tiles on the edge do."""
-    tile, busy = Tile.of(kernel), [0.0] * MULTIPROCESSORS
+    tile, busy = Tile.of(kernel), [0.0] * H200.multiprocessors
     per_tile = max(cycles(kernel).values()) / EFFICIENCY
     start = softmax_path(kernel)[0] + LATENCY  # the first tile's softmax has nothing to run beside
     blocks = -(-length // tile.rows)
@@ -240,75 +212,60 @@ def predicted_call(kernel: Kernel, pairs: int, length: int, causal: bool) -> flo
         for _ in range(pairs):
             heapq.heapreplace(busy, busy[0] + start + -(-keys // tile.columns) * per_tile)
     work = 4 * pairs * length * length * tile.width / (2 if causal else 1)
-    return work / max(busy) * CLOCK / 1e12
+    return work / max(busy) * H200.clock / 1e12
 
 
 def hopper_kernels(stem: str = "attention_sm90") -> list[Kernel]:
     source = next(source for source in SOURCES if source.stem == stem)
-    return [kernel for kernel in kernels(source, "sm_90a") if "_sm90" in kernel.name]
+    found = [kernel for kernel in kernels(source, "sm_90a") if "_sm90" in kernel.name]
+    return sorted(found, key=lambda kernel: [int(number) for number in re.findall(r"\d+", kernel.name)])
 
 
 def of_units() -> Iterator[str]:
-    names = ("tensor", "mufu", "issue", "fma", "alu", "shared", "L2")
-    yield (
-        "| width | rows x keys | bias | shared | " + " | ".join(names) + " | softmax in | limit | at most | predicted |"
-    )
-    yield (
-        "| ----: | ----------: | :--: | -----: | "
-        + " | ".join("---:" for _ in names)
-        + " | ---: | :---- | ---: | ---: |"
-    )
-    for kernel in hopper_kernels():
-        if "<bf16" in kernel.name:
-            tile, units = Tile.of(kernel), cycles(kernel)
-            limit, bound, likely = predicted(kernel)
-            cells = [tile.width, f"{tile.rows} x {tile.columns}", "yes" if tile.biased else ""]
-            cells += [f"{tile.shared_bytes / 1024:.0f} KiB", *(f"{units[name]:.0f}" for name in names)]
-            cells += ["{:.0f} of {:.0f}".format(*softmax_path(kernel)), limit, f"{bound:.0f}", f"{likely:.0f}"]
-            yield "| " + " | ".join(map(str, cells)) + " |"
+    def rows() -> Iterator[list]:
+        for kernel in hopper_kernels():
+            if "<bf16" in kernel.name:
+                tile, units = Tile.of(kernel), cycles(kernel)
+                cells = [tile.width, f"{tile.rows} x {tile.columns}", tile.bias]
+                cells += [f"{tile.shared_bytes / 1024:.0f} KiB", *(units[name] for name in NAMES)]
+                yield [*cells, "{:.0f} of {:.0f}".format(*softmax_path(kernel)), *predicted(kernel)]
+
+    titles = ("width", "rows x keys", "bias", "shared", *NAMES, "softmax in", "limit", "at most", "predicted")
+    return table(titles, rows())
 
 
 def of_calls() -> Iterator[str]:
     """16384 tokens and heads of 2048 features in all, as FlashAttention-3 measures."""
     lengths = (1024, 2048, 4096, 8192, 16384)
-    yield "| width | bias | mask | " + " | ".join(map(str, lengths)) + " |"
-    yield "| ----: | :--: | :--- | " + " | ".join("---:" for _ in lengths) + " |"
-    for kernel in hopper_kernels():
-        tile = Tile.of(kernel)
-        if "<bf16" not in kernel.name or 2048 % tile.width:
-            continue
-        for causal in (False, True):
-            if tile.width == 128 and causal == (tile.columns > 128):
-                continue  # the tile for the other
-            cells = [tile.width, "yes" if tile.biased else "", "causal" if causal else "none"]
-            for length in lengths:
-                cells.append(f"{predicted_call(kernel, 16384 // length * 2048 // tile.width, length, causal):.0f}")
-            yield "| " + " | ".join(map(str, cells)) + " |"
+
+    def rows() -> Iterator[list]:
+        for kernel, causal in itertools.product(hopper_kernels(), (False, True)):
+            tile = Tile.of(kernel)
+            for_the_other = tile.width == 128 and not tile.relative and causal == (tile.columns > 128)
+            if "<bf16" not in kernel.name or 2048 % tile.width or for_the_other:
+                continue
+            pairs = [16384 // length * 2048 // tile.width for length in lengths]
+            calls = [predicted_call(kernel, n, length, causal) for n, length in zip(pairs, lengths)]
+            yield [tile.width, tile.bias, "causal" if causal else "none", *calls]
+
+    return table(("width", "bias", "mask", *map(str, lengths)), rows())
 
 
 def of_backward() -> Iterator[str]:
     """Both kernels make S and dP: 14 products' worth of work where 10 count."""
     every = hopper_kernels("attention_sm90_backward")
-    names = ("tensor", "mufu", "issue", "fma", "alu", "shared", "L2")
-    titles = ("width", "bias", "kernel", *names, "limit", "both: at most", "predicted")
-    yield f"| {' | '.join(titles)} |"
-    yield "|" + "".join(f" {'-' * len(title)} |" for title in titles)
-    for width, bias in itertools.product((64, 96, 128), ("false", "true")):
-        pair = [
-            next(k for k in every if f"_{which}_sm90<bf16, {width}, {bias}" in k.name and "true, false" not in k.name)
-            for which in ("keys", "queries")
-        ]
-        units = [cycles_backward(kernel) for kernel in pair]
-        tile = Backward.of(pair[0])
-        work = 10 * tile.rows * tile.columns * width
-        bound = work / sum(max(u.values()) for u in units) * MULTIPROCESSORS * CLOCK / 1e12
-        for which, u in zip(("dK, dV", "dQ"), units):
-            cells = [str(width), "with gradient" if tile.biased else "", which, *(f"{u[name]:.0f}" for name in names)]
-            cells += [
-                max(u, key=u.get),
-                *((f"{bound:.0f}", f"{bound * EFFICIENCY:.0f}") if which == "dQ" else ("", "")),
-            ]
-            yield f"| {' | '.join(cells)} |"
+
+    def rows() -> Iterator[list]:
+        for width, bias in itertools.product((64, 96, 128), ("false", "true")):
+            names = (f"_{which}_sm90<bf16, {width}, {bias}" for which in ("keys", "queries"))
+            pair = [next(k for k in every if name in k.name and "true, false" not in k.name) for name in names]
+            units, tile = [cycles_backward(kernel) for kernel in pair], Backward.of(pair[0])
+            bound = H200.rate(10 * tile.rows * tile.columns * width, sum(max(u.values()) for u in units))
+            for which, u, last in zip(("dK, dV", "dQ"), units, (("", ""), (bound, bound * EFFICIENCY))):
+                bias_column = "with gradient" if tile.biased else ""
+                yield [width, bias_column, which, *(u[name] for name in NAMES), max(u, key=u.get), *last]
+
+    return table(("width", "bias", "kernel", *NAMES, "limit", "both: at most", "predicted"), rows())
 
 
 def main() -> None:

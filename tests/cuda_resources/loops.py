@@ -1,19 +1,22 @@
-"""Matrix products in the loops of attention's SASS, against what its arithmetic needs.
+"""The loops over tiles of attention's kernels for sm_80 and later, and their matrix products against the arithmetic.
 
 A kernel goes over tiles in the loop that holds most of its HMMA; within it, the products that sum over the features of
 a row are loops of their own, two steps of 16 features at a time (attention_tiles.h), and run features / 32 times.
+Copies, which a thread makes 16 bytes at a time, are loops, too.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
 from .compiled import Kernel
+from .sass import Instruction, count, instructions, loops
 
 #: Multiplications of a warp per tile, by a kernel's name.
 KERNELS: dict[str, Callable[..., int]] = {
-    r"attention_forward<\w+, ForwardTile<(\d+), (\d+), \d+, (\d+)>, \w+>": (
+    r"attention_forward<\w+, ForwardTile<(\d+), (\d+), \d+, (\d+), \d+>, \w+>": (
         lambda width, m, columns: 2 * 16 * m * columns * width
     ),
     r"attention_forward<\w+, RelativeTile<(\d+), 1, \d+, (\d+)>, \w+>": (
@@ -24,31 +27,43 @@ KERNELS: dict[str, Callable[..., int]] = {
     ),
     r"attention_backward_keys<\w+, (\d+), \w+>": lambda width: 4 * 16 * 64 * width,
     r"attention_backward_queries<\w+, (\d+), \w+, \w+>": lambda width: 3 * 16 * 64 * width,
+    # With 48 distances of a warp's 16 rows, and 16 x 16 of columns and distances in three turns of the warps.
+    r"attention_relative_keys<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
+        lambda width, both: (4 * 16 * 32 + 3 * 16 * 16 + both * 2 * 16 * 48) * width
+    ),
+    r"attention_relative_queries<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
+        lambda width, both: (3 * 16 * 32 + 2 * 16 * 48 + both * 3 * 16 * 16) * width
+    ),
 }
-_HMMA = 16 * 8 * 16  # multiplications of one instruction
+MULTIPLICATIONS = 16 * 8 * 16  # of one HMMA
 
 
 def complaint(kernel: Kernel) -> str | None:
     """What is wrong with the loops of a kernel of attention, or None; also None for all other kernels."""
     for pattern, multiplications in KERNELS.items():
         if match := re.fullmatch(pattern, kernel.name):
-            sizes = list(map(int, match.groups()))
-            wanted, found = multiplications(*sizes) // _HMMA, _products_per_tile(kernel.sass, width=sizes[0])
+            sizes = [group == "true" if group in ("true", "false") else int(group) for group in match.groups()]
+            wanted = multiplications(*sizes) // MULTIPLICATIONS
+            found = sum(times for i, times in per_tile(kernel.sass, width=sizes[0]) if i.name == "HMMA")
             if re.search(r"\b(LDL|STL)\b", kernel.sass):
                 return f"{kernel.name}: accesses to local memory"
             return None if found == wanted else f"{kernel.name}: {found} HMMA per tile, the arithmetic needs {wanted}"
     return None
 
 
-def _products_per_tile(sass: str, width: int) -> int:
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
-    products = [at for at, text in code if "HMMA" in text]
-    jumps = ((at, re.search(r"\bBRA\b.*(0x[0-9a-f]+)", text)) for at, text in code)
-    loops = [(int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) <= at]
+def per_tile(sass: str, width: int, copies: int = 1) -> list[tuple[Instruction, int]]:
+    """The instructions of the loop over tiles, and how often each of them runs. copies: 16 bytes by each thread, for
+    the rows of one tile."""
+    body, inner = _loop(sass)
+    times = [(loop, width // 32 if count(loop, "HMMA") else copies if count(loop, "LDGSTS") else 1) for loop in inner]
+    often = {i.address: n for loop, n in times for i in loop}
+    return [(i, often.get(i.address, 1)) for i in body]
 
-    def held(loop: tuple[int, int]) -> int:
-        return sum(loop[0] <= at <= loop[1] for at in products)
 
-    tiles = max(loops, key=lambda loop: (held(loop), loop[0] - loop[1]), default=(0, 0))  # the innermost of them
-    inner = sum(held(loop) for loop in loops if tiles[0] <= loop[0] and loop[1] <= tiles[1] and loop != tiles)
-    return held(tiles) - inner + inner * (width // 32)
+@functools.cache
+def _loop(sass: str) -> tuple[list[Instruction], list[list[Instruction]]]:
+    """The innermost loop that holds most of the products, and the loops in it."""
+    every = loops(instructions(sass))
+    body = max(every, key=lambda loop: (count(loop, "HMMA"), -len(loop)), default=[])
+    within = {i.address for i in body}
+    return body, [loop for loop in every if loop != body and {loop[0].address, loop[-1].address} <= within]

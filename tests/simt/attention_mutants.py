@@ -14,6 +14,7 @@ RUNS = [
 ]
 _Forward = functools.partial(Mutant, "attention_sm80")
 _Backward = functools.partial(Mutant, "attention_sm80_backward")
+_Relative = functools.partial(Mutant, "attention_sm80_relative_backward")
 
 MUTANTS = [
     _Forward(
@@ -53,8 +54,13 @@ MUTANTS = [
         "causal",
     ),
     _Forward("windows aligned at the first key", "query + p.k_len - p.q_len;", "query;", "causal"),
-    _Forward("rows past the end are read", "first + row < count && column < columns", "column < columns", "plain"),
-    _Forward("features past the end are read", "count && column < columns;", "count;", "narrow"),
+    _Forward(
+        "rows past the end are read",
+        "first + row < count && column < columns",
+        "column < columns",
+        "plain",
+    ),
+    _Forward("features past the end are read", "count && column < columns", "count", "narrow"),
     _Forward("rows past the end are written", "if (row >= count) continue;", "", "plain"),
     _Forward(
         "fragments of keys in the wrong order",
@@ -131,34 +137,93 @@ MUTANTS = [
         "settled({heads_end - 1, 0})",
         "causal",
     ),
-    _Backward(
-        "ranges of another batch entry", "ranges[int64_t(batch) * query_blocks + block]", "ranges[block]", "padding"
-    ),
+    _Backward("ranges of another batch entry", "[int64_t(batch) * query_blocks + block]", "[block]", "padding"),
     _Backward(
         "queries that see a part of the keys left out",
         "begin < to && from < end",
         "begin <= from && from < end",
         "documents",
     ),
-    _Backward("masked pairs count", "if (!all && !stage", "if (false && !stage", "causal"),
+    _Backward("masked pairs count", "unsigned(key) < unsigned(length)", "true", "causal"),
     _Backward("a strip off by one", "at - query + kStepRows - 1", "at - query + kStepRows", "diagonal"),
     _Backward("keys' gradients without the scale", "grad_key, scaled);", "grad_key, plain);", "plain"),
-    _Backward(
-        "diagonals summed before all lanes wrote",
-        "__syncwarp();\n    for (int i = threadIdx.x % 32;",
-        "for (int i = threadIdx.x % 32;",
-        "diagonal",
-    ),
-    _Backward("diagonals of the neighbouring octet", "c >= g ? block", "c > g ? block", "diagonal"),
+    _Backward("the last tile's diagonals left out", "sums.finish_warp(carried);", "", "diagonal"),
+    _Backward("diagonals of lower rows to the right", "(upper ? -bit : bit)", "bit", "diagonal"),
+    _Backward("diagonals of the neighbouring octet", "+ e >= g ? block", "+ e > g ? block", "diagonal"),
     _Backward("sums of warps read too early", "__syncthreads();\n        sums.add_to", "sums.add_to", "diagonal"),
     _Backward(
-        "a tile's diagonals replace the others'", "strip[start + i] += sum", "strip[start + i] = sum", "diagonal"
+        "a tile's diagonals replace the others'", "strip[start + i] += of(i)", "strip[start + i] = of(i)", "diagonal"
     ),
-    _Backward("diagonals past the strip", "start + i < 0 || start + i >= length", "start + i >= length", "diagonal"),
+    _Backward(
+        "diagonals past the strip", "&& start + i >= 0 && start + i < length", "&& start + i < length", "diagonal"
+    ),
     _Backward("slots not zeroed", "slots[u] = 0;", ";", "diagonal"),
     _Backward(
         "one head of those that share a strip", "i < (strip + 1) * sharing", "i < strip * sharing + 1", "one strip"
     ),
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
+    _Forward("scores of segments swapped", "same ? scores[half][1]", "!same ? scores[half][1]", "segments"),
+    _Relative("keys before the first are read", "(!before || first + row >= 0)", "true", "both"),
+    _Relative(
+        "most of a band taken as there",
+        "follows = next.head == loaded.head && next.block == loaded.block + 1;",
+        "follows = true;",
+        "grouped",
+    ),
+    _Relative(
+        "products of queries read too early",
+        "__syncthreads();  // all warps' products are there\n    skewed.add_to(p_t);",
+        "skewed.add_to(p_t);",
+        "relative",
+    ),
+    _Relative(
+        "products of keys read too early",
+        "__syncthreads();  // all warps' products are there\n      skewed_columns",
+        "skewed_columns",
+        "both",
+    ),
+    _Relative("pairs that do not meet left as they were", "i < 16 * 16; i += 32", "i < 8 * 16; i += 32", "relative"),
+    _Relative(
+        "dS read before all lanes wrote",
+        "ptx::from_float<T>(ds[0][j][e]);\n    });\n    __syncwarp();",
+        "ptx::from_float<T>(ds[0][j][e]);\n    });",
+        "relative",
+    ),
+    _Relative(
+        "distances of a head left out", "batches * heads; n += w.parts", "batches * heads - 1; n += w.parts", "shared"
+    ),
+    _Relative(
+        "a block of queries overwritten while others use it",
+        "__syncthreads();  // all are done with the block before",
+        "// the block before",
+        "relative",
+    ),
+    _Relative(
+        "gradients of keys of the step before", "if (query < 0 || query >= rows) *key", "if (query < 0) *key", "both"
+    ),
+    _Relative(
+        "other warps' dS of keys read too early",
+        "__syncthreads();  // all warps' dS is there\n    uint32_t",
+        "uint32_t",
+        "both",
+    ),
+    _Relative(
+        "other warps' dS of queries read too early",
+        "__syncthreads();  // all warps' dS is there\n      block",
+        "block",
+        "relative",
+    ),
+    _Relative(
+        "segments' gradients of two lanes of four", ", both[k] += __shfl_xor_sync(~0u, both[k], 2);", ";", "segments"
+    ),
+    _Relative("one of a row's distances", "found; found &= found - 1", "found; found = 0", "clipped"),
+    _Relative("one of the groups that share a table", "n < groups_b * groups_h * w.parts", "n < w.parts", "segments"),
+    _Relative(
+        "shares of a row read too early",
+        "__syncthreads();\n  for (int i = threadIdx.x; i < features",
+        "for (int i = threadIdx.x; i < features",
+        "clipped",
+    ),
+    _Relative("too little room for distances", "slots * length * features", "length * features", "shared"),
 ]

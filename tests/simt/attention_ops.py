@@ -40,13 +40,16 @@ def _problem(call: Call) -> tuple[AttentionProblem, dict[str, Tensor | None]]:
         p.rel_q_batch, p.rel_q_heads, p.rel_rows = call.rel_q.shape[:3]
     if call.rel_k is not None:
         p.rel_k_batch, p.rel_k_heads, p.rel_rows = call.rel_k.shape[:3]
-    for name in ("diag", "diag_index", "intervals", "rel_index"):
+    for name in ("diag", "diag_index", "intervals", "rel_index", "segment", "segment_q", "segment_k"):
         tensor = getattr(call, name)
         if tensor is not None:
             inputs[name] = tensor.contiguous()
             setattr(p, name, inputs[name].data_ptr())
     if call.diag is not None:
         p.diag_heads, p.diag_rows = call.diag.shape
+    for name in ("segment_q", "segment_k"):
+        if inputs.get(name) is not None and inputs[name].shape[0] > 1:
+            setattr(p, f"{name}_batch", inputs[name].shape[1])
     if call.intervals is not None and call.intervals.shape[0] > 1:
         p.intervals_batch = 2 * p.q_len
     return p, inputs
@@ -68,8 +71,10 @@ def forward(launch, *arguments):
 
 
 def backward(launch, grad_out, grad_lse, query, key, value, out, lse, *arguments):
-    *rest, need_diag, _, _, _ = arguments
-    call = Call(query, key, value, *rest[:-1])
+    *rest, _, need_diag, need_rel_q, need_rel_k, need_segment = arguments
+    call = Call(query, key, value, *rest)
+    if call.rel_q is not None:
+        launch = launch.of("attention_relative_backward")
     p, inputs = _problem(call)
     inputs |= dict(grad_out=_as_rows(grad_out), out=_as_rows(out), lse=lse.contiguous())
     p.grad_out, p.out, p.lse = view(inputs["grad_out"]), view(inputs["out"]), inputs["lse"].data_ptr()
@@ -81,12 +86,16 @@ def backward(launch, grad_out, grad_lse, query, key, value, out, lse, *arguments
         grad_key=_fresh(p.batch, p.kv_heads, p.k_len, p.head_dim, key),
         grad_value=_fresh(p.batch, p.kv_heads, p.k_len, p.value_dim, value),
     )
+    if call.rel_q is not None:
+        results["grad_rel_query"] = _fresh(p.batch, p.heads, p.q_len, p.head_dim, query)
     for name, tensor in results.items():
         setattr(p, name, view(tensor))
-    none = torch.empty(0, dtype=torch.float32)
-    grad_diag = none
-    if call.diag is not None and need_diag:
-        results["grad_diag"] = grad_diag = torch.empty(call.diag.shape, dtype=torch.float32)
-        p.grad_diag = grad_diag.data_ptr()
+    tables = dict(diag=need_diag, rel_q=need_rel_q, rel_k=need_rel_k, segment=need_segment)
+    for name, needed in tables.items():
+        table = getattr(call, name)
+        if table is not None and needed:
+            results[f"grad_{name}"] = torch.empty(table.shape, dtype=torch.float32)
+            setattr(p, f"grad_{name}", results[f"grad_{name}"].data_ptr())
     _run(launch, p, results, inputs)
-    return (*list(results.values())[:3], none, grad_diag, *(none.clone() for _ in range(5)))
+    order = ("query", "key", "value", "dense", "diag", "rel_query", "rel_q", "rel_k", "segment", "sinks")
+    return tuple(results.get(f"grad_{name}", torch.empty(0, dtype=torch.float32)) for name in order)

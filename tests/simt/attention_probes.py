@@ -15,6 +15,7 @@ from support.parts import (
     disentangled,
     documents,
     padding,
+    segment,
     shaw,
     t5,
     transformer_xl,
@@ -35,13 +36,18 @@ PROBES: dict[str, Case] = {
     "many queries": case(Shape(1, 2, 1, 300, 60, 64, 64), diagonal(), window(100, 20)),
 }
 
-#: With what the backward kernels refuse, besides.
-FORWARD = {
-    **PROBES,
+#: With relative rows, whose backward has kernels of its own.
+RELATIVE = {
     "relative": case(Shape(2, 2, 1, 70, 131, 64, 64), transformer_xl(), window(100, 20)),
     "both": case(Shape(1, 2, 1, 50, 75, 64, 64), disentangled(buckets=8, max_position=30), causal()),
+    "grouped": case(Shape(1, 4, 2, 60, 50, 64, 64), transformer_xl("past"), window(9, 2)),
     "clipped": case(Shape(1, 2, 2, 40, 75, 64, 40), shaw(9, heads="h"), alibi()),
+    "shared": case(
+        Shape(3, 2, 2, 33, 40, 64, 64), disentangled(heads="1"), diagonal("1"), documents(batched=True, cross=True)
+    ),
+    "segments": case(Shape(2, 2, 2, 50, 75, 64, 64), transformer_xl("xlnet", heads="1"), segment(), diagonal()),
 }
+FORWARD = {**PROBES, **RELATIVE}
 
 
 def check(name: str, dtype: torch.dtype, seed: int) -> None:

@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         "queries released before all lanes have them",
         "wide, causal",
-        "load_queries<T, Tile>(queries, shared.queries());\n        __syncwarp();",
-        "load_queries<T, Tile>(queries, shared.queries());",
+        "load_left<Tile::rows>(queries, shared.queries());\n        __syncwarp();",
+        "load_left<Tile::rows>(queries, shared.queries());",
     ),
     Mutant(
         "strip released before all lanes have it",
@@ -154,14 +154,45 @@ MUTANTS = [
     ),
 ]
 
+MUTANTS += [
+    Mutant("bands overwritten while they are read", "relative, clipped", "ring.wait_empty(bands);"),
+    Mutant("relative queries over queries", "relative, clipped", "shared.items().wait_empty(++n);", "++n;"),
+    Mutant(
+        "bands released before they are read",
+        "relative, clipped",
+        "ptx::wgmma_wait<0>();\n    ptx::wgmma_pin(flat(s));\n    ring.release(n);",
+        "ring.release(n);\n ptx::wgmma_wait<0>();\n ptx::wgmma_pin(flat(s));",
+    ),
+    Mutant(
+        "products of bands overwritten while lanes read them",
+        "relative",
+        "__syncwarp();  // all lanes have read what is overwritten",
+    ),
+    Mutant(
+        "products of bands read before all lanes have stored them",
+        "relative",
+        "store(s[0], count);\n    __syncwarp();",
+        "store(s[0], count);",
+    ),
+    Mutant("products of the other tile", "relative", "tile % 2 ? 0 : kBand", "tile % 2 ? kBand : 0"),
+    Mutant(
+        "the first warpgroup keeps the last band",
+        "relative, clipped",
+        "if (Tile::relative && group == 0)",
+        "if (Tile::relative && group == 2)",
+    ),
+    Mutant("a lane left behind at a band", "relative, clipped", "__syncwarp();  // a lane that", "// a lane that"),
+    Mutant("distances off by one", "relative", "all.origin + p.q_len - 1", "all.origin + p.q_len"),
+    Mutant("the first head's rows", "relative, clipped", "p.rel_q_heads == 1 ? 0 : head", "0"),
+]
+
 
 def _backward(title: str, probe: str, old: str, new: str = "") -> Mutant:
     return Mutant(title, probe, old, new, "attention_sm90_backward")
 
 
-_QUERY_PRODUCT = "issue_product(grad_query, left, shared.step(0, count));\n        ptx::wgmma_wait<0>();\n        "
-_AFTER = "ptx::wgmma_pin(flat(grad_query));\n        __syncwarp();  // all lanes are done with the strip\n        "
-_RELEASE = "key_ring.release(count);"
+_QUERY_WAIT = "ptx::wgmma_wait<0>();\n        ptx::wgmma_pin(flat(grad_query));\n        "
+_RELEASE = "__syncwarp();  // all lanes are done with the strip\n        key_ring.release(count);"
 MUTANTS += [
     _backward(
         "dP read while its product runs",
@@ -172,22 +203,23 @@ MUTANTS += [
     _backward(
         "keys released before dQ has read them",
         "many tiles",
-        _QUERY_PRODUCT + _AFTER + _RELEASE,
-        _RELEASE + _QUERY_PRODUCT + _AFTER,
+        _QUERY_WAIT + _RELEASE,
+        _RELEASE + _QUERY_WAIT,
     ),
     _backward("the first row's delta for both", "causal", "row_delta[e / 2]", "row_delta[0]"),
     _backward("second row sees all, backward", "causal", "hide_unseen(s[0], 1, keys[1], first_key, 0);"),
+    _backward("all queries see all keys", "causal", "if (all) return;  // in", "return;  // in"),
+    _backward("sums of diagonals overwritten while they are read", "slopes", "shared.sums_ring().wait_empty(at);"),
+    _backward("sums of diagonals read too early", "slopes", "shared.sums_ring().wait_full(count);"),
     _backward(
-        "sums of diagonals overwritten while they are read",
+        "sums of diagonals handed on before all lanes have them",
         "slopes",
-        "ptx::bar_sync(kConsuming, kThreads);  // before the sums are written again",
+        "write(Diagonals(shared.other().sums[at % kStages]));\n      __syncwarp();",
+        "write(Diagonals(shared.other().sums[at % kStages]));",
     ),
-    _backward(
-        "sums of diagonals read too early",
-        "slopes",
-        "ptx::bar_sync(kConsuming, kThreads);\n          sums.add_to",
-        "sums.add_to",
-    ),
+    _backward("entries of strips change hands", "slopes", "(thread - start) % kSummingThreads", "thread"),
+    _backward("carried diagonals forgotten", "slopes", "term + carried[o][e]", "term"),
+    _backward("diagonals of lower rows to the right", "slopes", "(upper ? -bit : bit)", "bit"),
     _backward(
         "steps of heads that share keys left out",
         "causal",

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from support.cases import Case, case
-from support.parts import Shape, alibi, causal, diagonal, documents, padding, prefix, t5, window
+from support.parts import (
+    Shape,
+    alibi,
+    causal,
+    diagonal,
+    documents,
+    padding,
+    prefix,
+    shaw,
+    t5,
+    transformer_xl,
+    window,
+)
 
 from . import attention_probes
 
+#: With what the backward kernels leave to sm_80, besides.
+FORWARD: dict[str, Case] = {
+    "four panels": case(Shape(1, 2, 1, 130, 250, 256, 192), causal()),
+    "four panels, biased": case(Shape(1, 2, 1, 70, 170, 160, 256), diagonal()),
+    "relative": case(Shape(2, 2, 1, 70, 131, 64, 64), transformer_xl(), window(100, 20)),
+    "relative, wide": case(Shape(1, 2, 2, 150, 290, 128, 104), transformer_xl(), causal()),
+    "relative, clipped": case(Shape(1, 3, 3, 140, 200, 64, 40), shaw(9, heads="h"), padding([170])),
+    "relative, more queries": case(Shape(2, 1, 1, 330, 70, 80, 128), transformer_xl(), window(150, 0)),
+}
 PROBES: dict[str, Case] = {
     **attention_probes.PROBES,
+    **FORWARD,
     "three warpgroups": case(Shape(1, 3, 3, 400, 300, 64, 64), causal()),
     "many tiles": case(Shape(1, 2, 1, 70, 620, 64, 64), alibi()),
     "wide, all visible": case(Shape(1, 2, 1, 140, 400, 128, 128)),

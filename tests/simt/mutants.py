@@ -42,7 +42,7 @@ SMALL = {
     "moe_route": (*_ROUNDS, *_TILES),
     "moe_dispatch": _ROUNDS,
     "attention_sm80": (
-        ("ForwardTile<64, 2, 4, 64>", "ForwardTile<64, 2, 2, 16>"),
+        ("ForwardTile<64, 2, 4, 32, 3>", "ForwardTile<64, 2, 2, 16, 3>"),
         *((f"RelativeTile{of}<64, 1, 4, 32>", f"RelativeTile{of}<64, 1, 2, 16>") for of in ("", "OfBoth")),
         ("entries = 128", "entries = 64"),
         _ROUNDS[1],
@@ -51,6 +51,13 @@ SMALL = {
         ("kThreads = 256,", "kThreads = 64,"),
         ("kStepRows = 64,", "kStepRows = 32,"),
         ("kStrips = 512", "kStrips = 8"),
+        _ROUNDS[1],
+    ),
+    "attention_sm80_relative_backward": (
+        ("kThreads = 256,", "kThreads = 64,"),
+        ("kStepRows = 64,", "kStepRows = 32,"),
+        ("kRelativeRows = 64, kRelativeColumns = 32", "kRelativeRows = 32, kRelativeColumns = 16"),
+        ("kDistanceBlocks = 512", "kDistanceBlocks = 12"),
         _ROUNDS[1],
     ),
 }
@@ -70,7 +77,7 @@ _CUTS = {
     "glu": (*_OTHER_DTYPES, *_OTHER_ACTIVATIONS),
     "attention_sm80": (
         ("return of_type(bf16());", _REFUSED),
-        *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, 64>"), "") for n in (96, 128)),
+        *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, {m}, 2>"), "") for n, m in ((96, 64), (128, 32))),
         (_OTHER_WIDTHS(256, "with_bias", "ForwardTile<256, 1, 8, 32>"), ""),
         *(
             (_OTHER_WIDTHS(n, "with_bias", f"RelativeTile{of}<{n}, 1, 4, 32>"), "")
@@ -81,6 +88,13 @@ _CUTS = {
     "attention_sm80_backward": (
         ("return of_type(bf16());", _REFUSED),
         *((_OTHER_WIDTHS(n, "launch_backward", n), "") for n in (96, 128)),
+    ),
+    "attention_sm80_relative_backward": (
+        ("return of_type(bf16());", _REFUSED),
+        *(
+            (_OTHER_WIDTHS(128, "launch_relative", f"RelativeBackward<128, {of_both}>"), "")
+            for of_both in ("true", "false")
+        ),
     ),
 }
 
@@ -185,6 +199,7 @@ def check(stem: str, dtype: torch.dtype, seed: int, probe: str = "") -> None:
         ("moe_dispatch", moe_probes.ROWS, moe_probes.check_rows),
         ("attention_sm80", attention_probes.FORWARD, attention_probes.check),
         ("attention_sm80_backward", attention_probes.PROBES, attention_probes.check),
+        ("attention_sm80_relative_backward", attention_probes.RELATIVE, attention_probes.check),
     ):
         if stem == stems:
             for name in [probe] if probe else probes:

@@ -23,7 +23,10 @@ from .problems import DTYPES, GluProblem, RotaryProblem, Strided, view
 from .runtime import Machine, machine
 
 Tensor = torch.Tensor
-STEMS = ("rotary", "glu", "moe_route", "moe_dispatch", "attention_sm80", "attention_sm80_backward")
+STEMS = (
+    *("rotary", "glu", "moe_route", "moe_dispatch"),
+    *("attention_sm80", "attention_sm80_backward", "attention_sm80_relative_backward"),
+)
 SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in STEMS}
 #: In place of those for sm_80, for what csrc/cuda/attention_sm90*.cu take.
 HOPPER = {name: Kernel(f"csrc/cuda/{name}.cu") for name in ("attention_sm90", "attention_sm90_backward")}
@@ -36,10 +39,8 @@ def instead_of_cpu(sources: dict[str, Kernel] = SOURCES, **run) -> Iterator[None
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
     try:
         for name, (stem, *operator) in OPERATORS.items():
-            if stem in sources:
-                library.impl(
-                    name.removesuffix("_sm90"), _operator(*operator, f"pyext_cuda_{name}", sources[stem], run), "CPU"
-                )
+            if stem in sources or any(other in sources for other in VARIANTS.get(name, {}).values()):
+                library.impl(name.removesuffix("_sm90"), _operator(*operator, name, stem, sources, run), "CPU")
         yield
     finally:
         library._destroy()
@@ -50,8 +51,17 @@ class Launch:
     """What an operator below starts its kernels by."""
 
     gpu: Machine
-    kernel: Kernel
-    launcher: str
+    operator: str
+    stem: str
+    sources: dict[str, Kernel]
+
+    @property
+    def launcher(self) -> str:
+        return f"pyext_cuda_{self.operator}"
+
+    def of(self, operator: str) -> Launch:
+        """What starts another of the kernels that an operator has, by what they take."""
+        return Launch(self.gpu, operator, VARIANTS[self.operator][operator], self.sources)
 
     def __call__(self, problem, results: dict[str, Tensor], **inputs: Tensor | None) -> None:
         self.gpu.memory(**{name: tensor for name, tensor in inputs.items() if tensor is not None})
@@ -59,7 +69,7 @@ class Launch:
         self.gpu.call(self.function(self.launcher), ctypes.byref(problem), None)
 
     def function(self, name: str):
-        return getattr(self.gpu.load(self.kernel), name)
+        return getattr(self.gpu.load(self.sources[self.stem]), name)
 
     def workspace(self, problem, name: str) -> Tensor:
         """Scratch memory for the problem, of the size that this function of the library says."""
@@ -70,13 +80,13 @@ class Launch:
         return memory
 
 
-def _operator(first: str, function: Callable, launcher: str, kernel: Kernel, run: dict) -> Callable:
+def _operator(first: str, function: Callable, name: str, stem: str, sources: dict, run: dict) -> Callable:
     def operator(*arguments):
         given = next(x for x in arguments if isinstance(x, Tensor))
         if given.dtype == torch.float64:  # as the operators say it; csrc/cuda has no kernels for it
             raise RuntimeError(f"{first} must be float32, bfloat16 or float16")
         with machine(**run) as gpu:
-            return function(Launch(gpu, kernel, launcher), *arguments)
+            return function(Launch(gpu, name, stem, sources), *arguments)
 
     return operator
 
@@ -200,3 +210,5 @@ OPERATORS = {
     "attention_backward_sm90": ("attention_sm90_backward", "query", attention_ops.backward),
     "attention_backward": ("attention_sm80_backward", "query", attention_ops.backward),
 }
+#: name: {launcher: source} of those that an operator has besides.
+VARIANTS = {"attention_backward": {"attention_relative_backward": "attention_sm80_relative_backward"}}

@@ -1,0 +1,243 @@
+// What the backward kernels of relative rows share: bands of relative rows, tiles skewed from keys to distances, scores
+// of segments, and the sums that gradients of tables are. With rows r and columns c of a tile of dS, one of queries and
+// the other of keys, distances are c - r (rows are queries) or r - c (rows are keys) and a constant: a product with a
+// band of relative rows, and its gradient, are GEMMs of the tile skewed by that.
+#pragma once
+#include "attention_backward.h"
+
+namespace pyext {
+namespace {
+
+constexpr int kRelativeRows = 64, kRelativeColumns = 32;
+
+// of_both: relative rows for keys, too.
+template <int width_, bool of_both_>
+struct RelativeBackward {
+  static constexpr int width = width_, rows = kRelativeRows, columns = kRelativeColumns, warps = rows / 16, M = 1,
+                       N = columns / 8, threads = 32 * warps;
+  static constexpr bool of_both = of_both_;
+  // Wide rows leave no shared memory to copy tiles ahead of their use.
+  static constexpr int stages = width <= 64 ? 2 : 1;
+  // Distances of a tile, of a warp's 16 rows of it, and of all rows with 16 of its columns; the last is of no use.
+  static constexpr int distances = rows + columns, of_warp = 16 + columns, of_columns = rows + 16;
+  static constexpr int ring = rows + stages * columns;
+  static_assert(columns % 16 == 0 && kStepRows % rows == 0 && rows % columns == 0, "tiles are whole");
+};
+
+// --- Shared memory ---
+
+// Pieces of a block's shared memory, one after the other.
+struct Pieces {
+  char* at;
+  template <class Element>
+  PYEXT_DEVICE Element* take(int bytes) {
+    Element* const piece = reinterpret_cast<Element*>(at);
+    at += (bytes + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+template <class T>
+PYEXT_DEVICE const T* rows_of(const Input& t, int64_t batch, int64_t head) {
+  return static_cast<const T*>(t.data) + batch * t.batch + head * t.head;
+}
+template <class T>
+PYEXT_DEVICE T* rows_of(const Output& t, int64_t batch, int64_t head) {
+  return static_cast<T*>(t.data) + batch * t.batch + head * t.head;
+}
+
+template <class Tile>
+using RelativeSeen = Visible<Tile::threads, Tile::rows>;
+
+// --- Relative rows of neighbouring distances ---
+
+// Starts the copy of those of `count` distances from `distance` on. Zeros for distances that do not occur, and for rows
+// outside of the table, which nobody can report here.
+template <class T, class Tile, class Rows>
+PYEXT_DEVICE void load_relative(const Rows& to, const AttentionProblem& p, const Input& table, int64_t batch,
+                                int64_t head, int64_t distance, int count) {
+  constexpr int chunks = Tile::width / 8;
+  const T* rows = rows_of<T>(table, batch, head);
+  const int64_t length = p.q_len + p.k_len - 1;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count * chunks; i += Tile::threads) {
+    const int64_t u = distance + i / chunks, row = 0 <= u && u < length ? p.rel_index[u] : -1;
+    const int column = i % chunks * 8;
+    const bool valid = 0 <= row && row < p.rel_rows && column < p.head_dim;
+    ptx::cp_async(to.at(i / chunks, column), rows + (valid ? row * table.row + column : 0), valid);
+  }
+}
+
+// In a ring.
+template <class T, class Tile>
+struct Band {
+  using Rows = SharedTile<T, Tile::width>;
+  Rows ring;
+  const AttentionProblem& p;
+  static constexpr int elements = tile_elements<Tile::width>(Tile::ring);
+
+  // From an entry on.
+  struct View {
+    using Element = T;
+    Rows ring;
+    unsigned first;
+    PYEXT_DEVICE T* at(int row, int column) const { return ring.at((first + row) % unsigned(Tile::ring), column); }
+  };
+  PYEXT_DEVICE View from(int entry) const { return {ring, unsigned(entry)}; }
+
+  // Starts the copy of `count` rows from `entry` on, which is of distance `distance`.
+  PYEXT_DEVICE void load(const Input& table, int64_t batch, int64_t head, int entry, int64_t distance,
+                         int count) const {
+    load_relative<T, Tile>(from(entry), p, table, batch, head, distance, count);
+  }
+};
+
+// --- Skewed tiles ---
+
+// A warp's 16 rows by distances. Row r and column c meet at entry c - r + 15, or where rows are keys at r - c +
+// columns - 1; entry 0 is entry `first` of the tile.
+template <class T, class Tile, bool rows_are_keys>
+struct SkewedRows {
+  static constexpr int pitch = Tile::of_warp + 4;  // skewed reads: two in a bank
+  static constexpr int bytes = int(sizeof(float)) * Tile::rows * pitch;
+  float* products;
+  SharedTile<T, Tile::of_warp> gradients;  // in the place of the products
+
+  PYEXT_DEVICE explicit SkewedRows(float* shared)
+      : products(shared + warp_row() * pitch), gradients{reinterpret_cast<T*>(products)} {}
+
+  static PYEXT_DEVICE int warp_row() { return threadIdx.x / 32 * 16; }
+  static PYEXT_DEVICE int first() { return rows_are_keys ? warp_row() : Tile::rows - 16 - warp_row(); }
+  static PYEXT_DEVICE int entry(int row, int column) {
+    return rows_are_keys ? row - column + Tile::columns - 1 : column - row + 15;
+  }
+  // f(row, column, index) for all that a lane holds.
+  template <class F>
+  static PYEXT_DEVICE void for_each(const F& f) {
+#pragma unroll
+    for (int j = 0; j < Tile::N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(lane_row() + e / 2 * 8, 8 * j + lane_column() + e % 2, j, e);
+    }
+  }
+
+  // The warp's rows of `left` times the band, whose first row is the tile's first distance.
+  PYEXT_DEVICE void multiply(const SharedTile<T, Tile::width>& left, const Band<T, Tile>& band, int entry) const {
+    float sum[1][Tile::of_warp / 8][4] = {};
+    multiply_transposed(sum, left, warp_row(), band.from(entry + first()));
+#pragma unroll
+    for (int j = 0; j < Tile::of_warp / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        products[(lane_row() + e / 2 * 8) * pitch + 8 * j + lane_column() + e % 2] = sum[0][j][e];
+    }
+    __syncwarp();
+  }
+  PYEXT_DEVICE void add_to(float (&s)[1][Tile::N][4]) const {
+    for_each([&](int row, int column, int j, int e) { s[0][j][e] += products[row * pitch + entry(row, column)]; });
+  }
+
+  // sum += dS times the band.
+  PYEXT_DEVICE void add_gradient(float (&sum)[1][Tile::width / 8][4], const float (&ds)[1][Tile::N][4],
+                                 const Band<T, Tile>& band, int entry_of_tile) const {
+    __syncwarp();  // all lanes are done with the products
+    // Zeros where no row and column meet: 16 of each row, before its first column or behind its last one.
+    for (int i = threadIdx.x % 32; i < 16 * 16; i += 32) {
+      const int row = i / 16, at = i % 16, before = rows_are_keys ? row : 15 - row;
+      *gradients.at(row, at < before ? at : at + Tile::columns) = ptx::from_float<T>(0);
+    }
+    for_each([&](int row, int column, int j, int e) {
+      *gradients.at(row, entry(row, column)) = ptx::from_float<T>(ds[0][j][e]);
+    });
+    __syncwarp();
+    uint32_t left[1][Tile::of_warp / 16][4];
+#pragma unroll
+    for (int k = 0; k < Tile::of_warp / 16; ++k)
+      ptx::ldmatrix(left[0][k], gradients.at(threadIdx.x % 16, 16 * k + threadIdx.x % 32 / 16 * 8));
+    pyext::multiply(sum, left, band.from(entry_of_tile + first()));
+  }
+};
+
+// The columns of a tile by distances, of all warps: 16 columns at a time, of which entry 0 is entry `first` of the
+// tile. Row r and column c meet at entry c % 16 - r + rows - 1, or where rows are keys at r - c % 16 + 15.
+template <class T, class Tile, bool rows_are_keys>
+struct SkewedColumns {
+  static constexpr int pitch = Tile::of_columns + 2;  // skewed reads: two in a bank
+  static constexpr int bytes = int(sizeof(float)) * Tile::columns * pitch;
+  float* products;
+
+  // Squares of 16 columns and 16 distances, by turns of the warps. Others see them after a barrier.
+  PYEXT_DEVICE void multiply(const SharedTile<T, Tile::width>& left, const Band<T, Tile>& band, int entry) const {
+    constexpr int squares = Tile::columns / 16 * (Tile::of_columns / 16);
+#pragma unroll
+    for (int n = 0; n < (squares + Tile::warps - 1) / Tile::warps; ++n) {
+      const int square = n * Tile::warps + threadIdx.x / 32;
+      if (squares % Tile::warps && square >= squares) break;
+      const int column = square % (Tile::columns / 16) * 16, at = square / (Tile::columns / 16) * 16;
+      const int first = rows_are_keys ? Tile::columns - 16 - column : column;
+      float sum[1][2][4] = {};
+      multiply_transposed(sum, left, column, band.from(entry + first + at));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          products[(column + lane_row() + e / 2 * 8) * pitch + at + 8 * j + lane_column() + e % 2] = sum[0][j][e];
+      }
+    }
+  }
+  PYEXT_DEVICE void add_to(float (&s)[1][Tile::N][4]) const {
+    SkewedRows<T, Tile, rows_are_keys>::for_each([&](int warp_row, int column, int j, int e) {
+      const int row = threadIdx.x / 32 * 16 + warp_row;
+      const int entry = rows_are_keys ? row - column % 16 + 15 : column % 16 - row + Tile::rows - 1;
+      s[0][j][e] += products[column * pitch + entry];
+    });
+  }
+};
+
+// --- What all three kernels are given besides the problem ---
+
+struct RelativeWork {
+  const float* strips;
+  int64_t strip_length;
+  const float *delta, *lse;
+  const Range* ranges;
+  // By distance, summed over the heads that a block goes over: (groups, parts, distances, features), of bias without
+  // features. Null: not wanted. A group are the heads that share all tables: of `group_batch` entries of the batch or
+  // of all, and of `group_heads` heads or of all.
+  float *of_queries, *of_keys, *of_bias;
+  int64_t group_batch, group_heads, parts;
+
+  // The range of keys that queries from `first` on see, or more: that of the kStepRows which they are among.
+  PYEXT_DEVICE Range range(const AttentionProblem& p, int64_t batch, int64_t first) const {
+    return ranges[batch * ceil_div(p.q_len, kStepRows) + first / kStepRows];
+  }
+  // Part of a strip, zeros without bias.
+  template <class Tile>
+  PYEXT_DEVICE void load_strip(float* to, const AttentionProblem& p, int64_t head, int64_t start,
+                               int count = Tile::distances) const {
+    const float* strip = strips + (p.diag_heads == 1 ? 0 : head * strip_length);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += Tile::threads)
+      to[i] = p.diag && 0 <= start + i && start + i < strip_length ? strip[start + i] : 0.0f;
+  }
+};
+
+// dP becomes dS = P (dP - delta) where rows are queries.
+template <int N>
+PYEXT_DEVICE void to_score_gradients(float (&ds)[1][N][4], const float (&s)[1][N][4], const float (&lse)[2],
+                                     const float (&delta)[2]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) ds[0][j][e] = ptx::exp2_approx(s[0][j][e] - lse[e / 2]) * (ds[0][j][e] - delta[e / 2]);
+  }
+}
+
+// What the lane's two rows have of a number per query.
+PYEXT_DEVICE void load_rows(float (&to)[2], const float* from, int64_t pair, int64_t row, int64_t count) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) to[half] = row + 8 * half < count ? from[pair * count + row + 8 * half] : 0.0f;
+}
+
+}  // namespace
+}  // namespace pyext

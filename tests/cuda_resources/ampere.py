@@ -1,0 +1,187 @@
+"""Attention on an A100 from its machine code: a model of the speed of csrc/cuda/attention_sm80*.cu.
+
+`python -m tests.cuda_resources.ampere` prints it. It is a prediction, not a measurement.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pyext.ops._cuda_attention import TILES
+
+from .compiled import SOURCES, Kernel, kernels
+from .loops import MULTIPLICATIONS, per_tile
+from .model import A100, ALU, FMA, NAMES, table
+from .sass import Instruction, of_full_tiles
+
+#: What FlashAttention-2 reaches of the tensor cores' peak with these products, its only bound: forward, A100.
+EFFICIENCY = 0.73
+#: Cycles from an instruction to its result: Sun et al., "Dissecting tensor cores" (2022), for the first three.
+LATENCY = defaultdict(lambda: 5, HMMA=33, LDSM=33, LDS=23, SHFL=23, MUFU=18, LDG=200, S2R=20)
+
+
+@dataclass(frozen=True)
+class Tile:
+    kind: str  # as the table calls it
+    width: int
+    warps: int
+    rows: int
+    columns: int
+    bias: str
+    flops: int  # that count: two products forward, five backward, of which each of two kernels has its share
+    shared: int  # bytes
+
+    @classmethod
+    def of(cls, kernel: Kernel) -> Tile:
+        if match := re.search(r"(\w*)Tile(\w*)<(\d+), (\d+), (\d+), (\d+)(?:, \d+)?>, (\w+)", kernel.name):
+            width, m, warps, columns = map(int, match.groups()[2:6])
+            kind = {"Forward": "forward", "Relative": "relative"}[match[1]] + (", both" if match[2] else "")
+            tiles = TILES[width]
+            shared = {"forward": tiles.forward, "relative": tiles.relative}.get(kind, tiles.relative_both)
+            rows, bias = 16 * m * warps, "diagonal" if match[7] == "true" else ""
+            return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, shared)
+        which, width, *flags = re.search(r"_(keys|queries)<\w+, (\d+), (\w+)(?:, (\w+))?", kernel.name).groups()
+        gradient = flags[1] == "true"
+        shared = TILES[int(width)].strip_gradient if gradient else TILES[int(width)].backward
+        kind = "dK, dV" if which == "keys" else "dQ"
+        bias = "with gradient" if gradient else "diagonal" if flags[0] == "true" else ""
+        return cls(kind, int(width), 8, 128, 64, bias, 10 * 128 * 64 * int(width), shared)
+
+
+def code(kernel: Kernel) -> list[tuple[Instruction, int]]:
+    """Of a warp, per tile that no mask cuts."""
+    tile = Tile.of(kernel)
+    every = per_tile(kernel.sass, tile.width, tile.columns * tile.width // 8 // (32 * tile.warps))
+    full = {i.address for i in of_full_tiles([i for i, _ in every])}
+    return [(i, times) for i, times in every if i.address in full]
+
+
+def cycles(kernel: Kernel) -> dict[str, float]:
+    tile, body = Tile.of(kernel), code(kernel)
+    products = sum(times for i, times in body if i.name == "HMMA")
+    units = A100.units(body, tile.warps, 2 * MULTIPLICATIONS * products * tile.warps, 0, 0)
+    return units | {"L2": 4 * tile.columns * tile.width / A100.l2_bytes}
+
+
+# --- A warp by itself ---
+
+_WIDE = {"HMMA": (4, 4, 2, 4)}  # registers of the operands
+
+
+def _registers(i: Instruction) -> tuple[set[int], set[int]]:
+    """Written and read."""
+    operands = i.text.partition(" ")[2].split(",")
+    found: list[set[int]] = []
+    for n, operand in enumerate(operands):
+        here = set()
+        for match in re.finditer(r"\bR(\d+)(\.64)?", operand):
+            size = _WIDE[i.name][n] if i.name in _WIDE else 2 if match[2] else i.words if n == 0 and i.words else 1
+            here |= set(range(int(match[1]), int(match[1]) + size))
+        found.append(here)
+    if i.name in ("STS", "LDGSTS", "BRA", "BAR", "ISETP", "FSETP", "STG"):
+        return set(), set().union(*found)
+    return (found[0] if found else set()), set().union(*found[1:])
+
+
+def _occupied(i: Instruction) -> tuple[str, float]:
+    """A unit, and for how many cycles a warp's instruction takes it."""
+    schedulers = A100.schedulers
+    if i.name == "HMMA":
+        return "tensor", 2 * MULTIPLICATIONS * schedulers / A100.flops
+    if i.words:
+        return "shared", i.words * 4 * 32 / A100.shared_bytes  # all of them share it, but nobody else is there
+    for unit, names in (("mufu", ("MUFU",)), ("fma", FMA), ("alu", ALU)):
+        if i.name in names:
+            return unit, 32 * schedulers / getattr(A100, unit)
+    return "other", 1
+
+
+def alone(kernel: Kernel) -> float:
+    """Cycles per tile of a warp that has a multiprocessor to itself: instructions in order, each when its unit is free
+    and its operands are there. Barriers cost nothing, and copies have arrived."""
+    body: list[Instruction] = []
+    run: list[Instruction] = []
+    repeated = 1
+    for i, times in [*code(kernel), (Instruction(0, "NOP"), 0)]:
+        if times != repeated:
+            body, run, repeated = body + run * repeated, [], times
+        run.append(i)
+    ready, free, now, ends = defaultdict(float), defaultdict(float), 0.0, []
+    for _ in range(3):
+        for i in body:
+            unit, cycles_ = _occupied(i)
+            written, read = _registers(i)
+            now = max([now + 1, free[unit], *(ready[r] for r in read | written)])
+            free[unit] = now + cycles_
+            for r in written:
+                ready[r] = now + LATENCY[i.name]
+        ends.append(now)
+    return ends[2] - ends[1]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    tile: Tile
+    units: dict[str, float]
+    alone: float  # see above
+    blocks: int  # of a multiprocessor
+    limit: str
+    cycles: float  # per tile
+
+    @classmethod
+    def of(cls, kernel: Kernel) -> Prediction | None:
+        """None if a block does not fit on a multiprocessor."""
+        tile, units, path = Tile.of(kernel), cycles(kernel), alone(kernel)
+        blocks = A100.blocks(32 * tile.warps, kernel.registers, tile.shared)
+        if not blocks:
+            return None
+        times = units | {"a warp": path / blocks}  # as many tiles at the same time
+        limit = max(times, key=times.get)
+        return cls(tile, units, path, blocks, limit, times[limit])
+
+
+def predictions(stem: str) -> list[Prediction]:
+    source = next(source for source in SOURCES if source.stem == stem)
+    every = [Prediction.of(k) for k in kernels(source, "sm_80") if "<bf16" in k.name and k.uses("HMMA")]
+    return sorted((p for p in every if p), key=lambda p: (p.tile.kind, p.tile.width))
+
+
+def _cells(p: Prediction) -> list:
+    t = p.tile
+    cells = [t.kind, t.width, f"{t.rows} x {t.columns}", t.bias, p.blocks, *(p.units[name] for name in NAMES)]
+    return [*cells, p.alone, p.limit]
+
+
+def _speed(flops: float, cycles: float) -> list:
+    bound = A100.rate(flops, cycles)
+    return [bound, bound * EFFICIENCY, f"{bound * EFFICIENCY / A100.peak:.0%}"]
+
+
+def of_forward() -> Iterator[list]:
+    for p in predictions("attention_sm80"):
+        yield [*_cells(p), *_speed(p.tile.flops, p.cycles)]
+
+
+def of_backward() -> Iterator[list]:
+    """The speed is that of both kernels together."""
+    every = {(p.tile.kind, p.tile.width, p.tile.bias): p for p in predictions("attention_sm80_backward")}
+    for width, bias in itertools.product((64, 96, 128), ("", "with gradient")):
+        keys, queries = every["dK, dV", width, "diagonal" if bias else ""], every["dQ", width, bias]
+        yield [*_cells(keys), "", "", ""]
+        yield [*_cells(queries), *_speed(queries.tile.flops, keys.cycles + queries.cycles)]
+
+
+def main() -> None:
+    titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit")
+    speeds = ("at most", "predicted", "of peak")
+    print("\n".join(table((*titles, *speeds), of_forward())))
+    print()
+    print("\n".join(table((*titles, *speeds), of_backward())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Reading cuobjdump's SASS: instructions, loops, and what a branch skips."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str  # without predicate
+
+    @property
+    def name(self) -> str:
+        return re.split(r"[. ]", self.text)[0]
+
+    @property
+    def target(self) -> int | None:
+        match = re.match(r"BRA.* 0x([0-9a-f]+)$", self.text)
+        return int(match[1], 16) if match else None
+
+    @property
+    def words(self) -> int:
+        """Of 32 bits that a thread reads or writes in shared memory; 0 for what does not go there."""
+        if self.name in ("LDS", "STS", "SHFL", "LDSM", "STSM", "LDGSTS"):
+            wide = re.search(r"\.(128|64)\b|\.M88\.([24])\b", self.text)
+            return 1 if wide is None else int(wide[1]) // 32 if wide[1] else int(wide[2])
+        return 0
+
+
+def instructions(sass: str) -> list[Instruction]:
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?) *; ", sass, re.MULTILINE)
+    return [Instruction(int(address, 16), text) for address, text in found]
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """Bodies, by their branches backwards."""
+    return [
+        [i for i in code if branch.target <= i.address <= branch.address]
+        for branch in code
+        if branch.target is not None and branch.target < branch.address
+    ]
+
+
+def count(code: list[Instruction], *names: str) -> int:
+    return sum(i.name in names for i in code)
+
+
+def of_full_tiles(body: list[Instruction]) -> list[Instruction]:
+    """Without what masks need, which a forward branch skips on all but edge tiles."""
+    skipped: set[int] = set()
+    for branch in body:
+        if branch.target is not None and branch.address < branch.target <= body[-1].address:
+            inside = [i for i in body if branch.address < i.address < branch.target]
+            names = Counter(i.name for i in inside)
+            if names["FSEL"] >= 32 and not (names["HGMMA"] or names["HMMA"] or names["MUFU"]):
+                skipped |= {i.address for i in inside}
+    return [i for i in body if i.address not in skipped]

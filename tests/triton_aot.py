@@ -369,8 +369,7 @@ def cuobjdump(cubin: bytes) -> str:
 
 def faults(report: Report, local: int) -> Iterator[str]:
     kernel, counts = report.kernel, report.counts
-    spills = any(name in kernel.scenario for name in triton_aot_attention.SPILLS)
-    if (counts["spills"] or report.stack or local) and not spills:
+    if counts["spills"] or report.stack or local:
         yield f"{counts['spills']} spills, {report.stack} bytes of stack, {local} local"
     if report.shared > SHARED_LIMIT[kernel.arch]:
         yield f"shared memory above {SHARED_LIMIT[kernel.arch]}"

@@ -65,11 +65,6 @@ CROWDED = {
     "pairs": ("causal", "dense", "diag", "segment", "mask", "intervals", "blocks", "dropout", "softcap", "sinks"),
     "relative": ("rel_q", "rel_k", "dense", "segment", "mask", "intervals", "dropout", "softcap", "sinks"),
 }
-#: Scenarios whose registers spill, as docs/triton.md says: exact products of fp32 hold whole rows.
-SPILLS = tuple(f"{name} of relative {width} float32" for name in ("full", "all", "backward") for width in (128, 256))
-SPILLS += ("backward of relative 64 float32", "backward, odd sizes 72 float32")
-#: And these of the forward, on one GPU each, two to six instructions.
-SPILLS += ("16 queries 128 float32", "full of pairs 64 float32", "packed diag intervals 128 bfloat16")
 #: What calls usually have.
 USUAL = ((), ("dense",), ("blocks",), ("packed", "causal"), ("packed", "diag", "intervals"))
 

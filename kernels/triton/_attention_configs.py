@@ -15,9 +15,15 @@ class Config(NamedTuple):
     warps: int
     stages: int
     resident: int = 2  # programs of a multiprocessor, where a fixed number of them walks the blocks
+    registers: int | None = None  # of a thread; None: ptxas chooses
 
     def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "num_stages": self.stages} | limit
+
+    def exact(self, element_size: int) -> "Config":
+        """For fp32 all registers that there are: asked for none, ptxas rather spills a few than takes more than half."""
+        return self._replace(registers=255) if element_size == 4 else self
 
 
 WIDTHS = (64, 128, 256)  # of the wider head, of query and value; a configuration for each
@@ -85,6 +91,7 @@ def forward_config(problem: AttentionProblem) -> Config:
     kind = kind_of(problem)
     table = CONFIGS[kind, query.element_size()]
     config = table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
+    config = config.exact(query.element_size())
     if _pairs(problem) > CROWD[kind]:
         config = config._replace(rows=max(config.rows // 2, 16), columns=max(config.columns // 2, 16))
     return config

@@ -151,6 +151,7 @@ def tile_of(kernel: str, problem: AttentionProblem) -> Config:
     if odd and kind != "relative":  # rows are read one element at a time, which takes registers
         kind = "pairs"
     config = BACKWARD_CONFIGS[kernel, kind, query.element_size()][architecture(query.device)][column]
+    config = config.exact(query.element_size())
     return chosen(kernel, config._replace(warps=8) if odd else config)
 
 

@@ -28,7 +28,9 @@ from ._attention_tile import (
     log_sum,
     packed,
     power,
+    product,
     relative_scores,
+    rows_of,
     scores,
     store_rows,
     table_entry,
@@ -55,15 +57,15 @@ def _tile(
     """One step of the online softmax: maximum [ROWS] in units of `scores`, total [ROWS], sum [ROWS, VALUE_PADDED]."""
     cols = start + tl.arange(0, COLUMNS)
     inside = cols < place[5] if MASKED else None
-    k = load_rows(key, cols, inside, p.key_l, WIDTH, PADDED)
-    product = tl.dot(query, tl.trans(k), input_precision="ieee")  # [ROWS, COLUMNS]
+    k = rows_of(key, cols, inside, p.key_l, WIDTH, PADDED)
+    by_query = product(query, k, p.width, WIDTH, PADDED)  # [ROWS, COLUMNS]
     relative = None
     if p.rel_index is not None:
         relative = relative_scores(
             p, place, head, rel_query, k, tl.min(rows, 0), start, scratch, WIDTH, PADDED, ROWS, COLUMNS,
             2 * max(ROWS, COLUMNS),
         )  # fmt: skip
-    score = scores(p, place, head, rows, cols, product, relative)
+    score = scores(p, place, head, rows, cols, by_query, relative)
     if MASKED:
         score = tl.where(visible(p, place, head, rows, cols, low, high, bitmap), score, float("-inf"))
     highest = tl.maximum(maximum, tl.max(score, 1))
@@ -165,10 +167,10 @@ def _block(
         kv_head, head = owner // p.group, owner
         rows = block * QUERIES + row
     inside, at = rows < queries, first_query + rows
-    query = load_rows(p.query + b * p.query_b + head * p.query_h, at, inside, p.query_l, WIDTH, PADDED)
+    query = rows_of(p.query + b * p.query_b + head * p.query_h, at, inside, p.query_l, WIDTH, PADDED)
     rel_query = None
     if p.rel_query is not None:
-        rel_query = load_rows(
+        rel_query = rows_of(
             p.rel_query + b * p.rel_query_b + head * p.rel_query_h, at, inside, p.rel_query_l, WIDTH, PADDED
         )
     key = p.key + b * p.key_b + kv_head * p.key_h + tl.cast(first_key, tl.int64) * p.key_l

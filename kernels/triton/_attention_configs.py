@@ -21,10 +21,6 @@ class Config(NamedTuple):
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "num_stages": self.stages} | limit
 
-    def exact(self, element_size: int) -> "Config":
-        """For fp32 all registers that there are: asked for none, ptxas rather spills a few than takes more than half."""
-        return self._replace(registers=255) if element_size == 4 else self
-
 
 WIDTHS = (64, 128, 256)  # of the wider head, of query and value; a configuration for each
 #: What a call has decides what a tile holds besides products: nothing ("plain": windows, intervals, softcap, sinks),
@@ -32,6 +28,13 @@ WIDTHS = (64, 128, 256)  # of the wider head, of query and value; a configuratio
 #: numbers meet than CROWD, the tile has half the rows and columns.
 _PAIRS = ("dense", "diag", "segment", "mask", "block_offsets")
 CROWD = {"plain": 0, "pairs": 2, "relative": 1}
+
+
+def with_registers(config: Config, problem: AttentionProblem) -> Config:
+    """The tile with all registers that there are, for fp32 and heads over 128: left to choose, ptxas spills a few
+    rather than take more than half."""
+    wide = max(problem.query.shape[3], problem.value.shape[3]) > 128
+    return config._replace(registers=255) if wide or problem.query.element_size() == 4 else config
 
 
 def _pairs(problem: AttentionProblem) -> int:
@@ -91,7 +94,6 @@ def forward_config(problem: AttentionProblem) -> Config:
     kind = kind_of(problem)
     table = CONFIGS[kind, query.element_size()]
     config = table[architecture(query.device)][sum(width > limit for limit in WIDTHS[:-1])]
-    config = config.exact(query.element_size())
     if _pairs(problem) > CROWD[kind]:
         config = config._replace(rows=max(config.rows // 2, 16), columns=max(config.columns // 2, 16))
     return config

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._primitives import AttentionProblem
 from ._attention_autotune import chosen, tuned
-from ._attention_configs import FEW, Config, forward_config, kind_of
+from ._attention_configs import FEW, Config, forward_config, kind_of, with_registers
 from ._attention_plan import grid, like_output, padded, prepared, processors, slots, with_bands
 from ._attention_tile import (
     LN2,
@@ -268,7 +268,7 @@ class _Shape(NamedTuple):
         each = queries
         if p.starts_q is not None:  # a sequence's, about
             each = triton.cdiv(queries, max(p.sequences, 1))
-        config = chosen("forward", forward_config(problem))
+        config = with_registers(chosen("forward", forward_config(problem)), problem)
         per_block, together = power_of_two(each, 1, config.rows), 1
         alone = p.rel_index is not None or p.block_offsets is not None
         together_rows = power_of_two(each, 1, FEW) * power_of_two(p.group, 1, FEW)

@@ -383,13 +383,14 @@ def faults(report: Report, local: int) -> Iterator[str]:
     if not (counts["loads"] and counts["stores"]):
         yield "a stub: it loads or stores nothing"
     tiled = {"COLUMNS", "PAIRS"} & dict(kernel.constants).keys()
-    if kernel.wide and tiled and not counts["wide"]:
+    unit = matrix_unit(kernel)
+    few = unit == "FFMA" and "PADDED" in dict(kernel.constants)  # features at a time, one for each thread
+    if kernel.wide and tiled and not few and not counts["wide"]:
         yield "no access of 16 bytes"
     if report.work is not None:
         most = triton_aot_attention.repeats(kernel)
         if not 1 <= report.work <= most:
             yield f"matrix units compute {report.work:.2f} times what the tiles need, not 1 to {most}"
-    unit = matrix_unit(kernel)
     if unit and not counts[unit]:
         yield f"no {unit}"
 

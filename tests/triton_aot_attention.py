@@ -156,8 +156,10 @@ def tile_flops(kernel) -> int | None:
 
 
 def repeats(kernel) -> int:
-    """How often the warps of a program compute the same: each takes 16 rows (of K Q^T, columns of a tile), so that more
-    warps than that, which a configuration has for their registers, repeat."""
-    constants = dict(kernel.constants)
-    rows = constants["COLUMNS" if kernel.name == "_keys_kernel" else "ROWS"]
-    return max(16 * dict(kernel.options)["num_warps"] // rows, 1)
+    """How often at most the warps of a program compute the same: each takes 16 rows or 8 columns (of K Q^T the other
+    way around), so that more warps than that, which a configuration has for their registers, repeat."""
+    constants, warps = dict(kernel.constants), dict(kernel.options)["num_warps"]
+    rows, columns = constants["ROWS"], constants["COLUMNS"]
+    if kernel.name == "_keys_kernel":
+        rows, columns = columns, rows
+    return max(16 * warps // rows, 8 * warps // columns, 1)

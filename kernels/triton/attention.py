@@ -56,8 +56,9 @@ def _tile(
 ):  # fmt: skip
     """One step of the online softmax: maximum [ROWS] in units of `scores`, total [ROWS], sum [ROWS, VALUE_PADDED]."""
     cols = start + tl.arange(0, COLUMNS)
-    inside = cols < place[5] if MASKED else None
-    k = rows_of(key, cols, inside, p.key_l, WIDTH, PADDED)
+    present = cols < place[5]
+    inside = present if MASKED else None
+    k = load_rows(key, cols, inside, p.key_l, WIDTH, PADDED), key, cols, present, p.key_l  # as by `rows_of`
     by_query = product(query, k, p.width, WIDTH, PADDED)  # [ROWS, COLUMNS]
     relative = None
     if p.rel_index is not None:

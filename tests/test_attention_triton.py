@@ -47,6 +47,7 @@ CASES = [
     (case(CROSS, diagonal(), dense("1hqk")), FP32),
     (case(CROSS, dense("b11k"), dense_mask("bhqk", density=0.3)), BF16),
     (case(SELF, float_attn_mask("bhq1"), dropout=0.3), FP32),
+    (case(Shape(3, 2, 2, 40, 75, 24, 24), dense("11qk")), FP32),
     (case(SELF, transformer_xl("xlnet"), segment(), causal()), FP32),
     (case(CROSS, transformer_xl("past"), softcap=3.0), BF16),
     (case(CROSS, shaw(30), padding(), sinks=True), FP32),
@@ -128,3 +129,18 @@ def test_parts_of_the_keys(splits, monkeypatch):
         got = pyext.attention(*(x.to(backends.TRITON[0].device) for x in (q, k, v)), impl="triton", **options)
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_of_packed_sequences(seed):
+    """The gradient of a strip, whose tiles of packed sequences begin anywhere, drops what the output dropped."""
+    found = []
+    with backends.TRITON[0].selected():
+        q, k, v, grad = (torch.randn(109, 2, 24) for _ in range(4))
+        leaves, starts = [x.requires_grad_() for x in (q, k, v, torch.randn(32, 2))], torch.tensor([0, 37, 37, 109])
+        for impl in ("reference", "triton"):
+            generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+            options = {"bias": pyext.bias.t5(leaves[3], bidirectional=True), "dropout_p": 0.3, "generator": generator}
+            out = pyext.varlen_attention(q, k, v, *[starts.to(torch.int32)] * 2, **options, impl=impl)
+            found.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for wanted, got in zip(*found):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

@@ -31,9 +31,9 @@ CROWD = {"plain": 0, "pairs": 2, "relative": 1}
 
 
 def with_registers(config: Config, problem: AttentionProblem) -> Config:
-    """The tile with all registers that there are, for fp32 and heads over 128: left to choose, ptxas spills a few
-    rather than take more than half."""
-    wide = max(problem.query.shape[3], problem.value.shape[3]) > 128
+    """The tile with all registers that there are, for fp32 and heads over 128 (not with relative rows, which it makes
+    spill): left to choose, ptxas spills a few rather than take more than half."""
+    wide = max(problem.query.shape[3], problem.value.shape[3]) > 128 and problem.rel_index is None
     return config._replace(registers=255) if wide or problem.query.element_size() == 4 else config
 
 

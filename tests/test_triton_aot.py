@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support import backends
+from support.sass import matrix_flops
 
 pytestmark = pytest.mark.skipif(not backends.TRITON, reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,19 @@ def test_every_configuration_compiles():
     assert result.returncode == 0 and " 0 wrong" in result.stdout, result.stdout + result.stderr
 
 
+def test_repeated_products_are_seen():
+    """What one tile needs, counted as if the source had one product less."""
+    program = """
+import sys
+from tests import triton_aot, triton_aot_attention
+triton_aot_attention.PRODUCTS["_forward_kernel"] = (1, 0)
+sys.argv[1:] = ["--arch", "90", "--only", "attention, nothing 128", "--jobs", "1"]
+sys.exit(triton_aot.main())
+"""
+    result = run(program=program)
+    assert result.returncode == 1 and "times what the tiles need" in result.stdout, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("defect", ["registers", "shared memory"])
 def test_defect_is_seen(defect):
     """A configuration that does not fit the GPU."""
@@ -48,3 +62,12 @@ sys.exit(triton_aot.main())
     expected = {"registers": "bytes of stack", "shared memory": "shared memory above|OutOfResources"}[defect]
     assert result.returncode == 1 and "1 kernels, 1 wrong" in result.stdout, result.stdout + result.stderr
     assert any(words in result.stdout for words in expected.split("|")), result.stdout
+
+
+def test_matrix_instructions_are_counted():
+    """By their shapes; those of sm_100 do not name any."""
+    code = "HMMA.16816.F32.BF16 R4, R8, R2, R4 ;\nHMMA.1688.F32 R4, R8, R2, R4 ;\nFFMA R0, R1, R2, R3 ;\n"
+    assert matrix_flops(code, 8) == 8 * 2 * (16 * 8 * 16 + 16 * 8 * 8)
+    assert matrix_flops("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;", 8) == 2 * 2 * 64 * 128 * 16
+    assert matrix_flops(code + "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;", 8) is None
+    assert matrix_flops("FFMA R0, R1, R2, R3 ;", 4) == 0

@@ -8,6 +8,7 @@ the instructions that matter; the exit status is 1 if any kernel
 
 * spills or uses stack, or asks for more shared memory than the GPU has;
 * should use matrix units and does not, or matrix units of an older kind than it could;
+* computes less or more with matrix units than its tiles need (attention), see `triton_aot_attention.repeats`;
 * should access memory in 16-byte pieces and does not;
 * is a stub without loads and stores, which is what some oversized configurations compile to.
 
@@ -56,6 +57,7 @@ from pyext.kernels import (
 )
 
 from . import triton_aot_attention
+from .support.sass import matrix_flops
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
 TYPES = {
@@ -102,6 +104,7 @@ class Report:
     stack: int = 0
     shared: int = 0
     counts: dict = field(default_factory=dict)
+    work: float | None = None  # of matrix units: flops of the instructions by those of the tiles in the source
     seconds: float = 0.0
     faults: list = field(default_factory=list)
 
@@ -109,6 +112,7 @@ class Report:
         constants, options = dict(self.kernel.constants), dict(self.kernel.options)
         shape = "x".join(str(constants[n]) for n in ("ROWS", "TOKENS", "PAIRS", "COLUMNS", "DEPTH") if n in constants)
         counts = " ".join(f"{name} {count}" for name, count in self.counts.items() if count)
+        counts += "" if self.work is None else f" work {self.work:.2f}"
         return (
             f"sm_{self.kernel.arch:<4}{self.kernel.label:<48} {shape:<12} warps {options.get('num_warps', 4)} "
             f"stages {options.get('num_stages', 3)} registers {self.registers:3} shared {self.shared:6} {counts}"
@@ -353,6 +357,9 @@ def compile_kernel(kernel: Kernel) -> Report:
     )
     report.shared = compiled.metadata.shared
     report.counts = {name: len(re.findall(pattern, assembly)) for name, pattern in COUNTED.items()}
+    wanted = triton_aot_attention.tile_flops(kernel)
+    flops = matrix_flops(assembly, dict(kernel.options).get("num_warps", 4))
+    report.work = flops / wanted if wanted and flops else None
     report.seconds = time.perf_counter() - start
     report.faults = list(faults(report, local))
     return report
@@ -369,17 +376,21 @@ def cuobjdump(cubin: bytes) -> str:
 
 def faults(report: Report, local: int) -> Iterator[str]:
     kernel, counts = report.kernel, report.counts
-    spills = any(name in kernel.scenario for name in triton_aot_attention.SPILLS)
-    if (counts["spills"] or report.stack or local) and not spills:
+    if counts["spills"] or report.stack or local:
         yield f"{counts['spills']} spills, {report.stack} bytes of stack, {local} local"
     if report.shared > SHARED_LIMIT[kernel.arch]:
         yield f"shared memory above {SHARED_LIMIT[kernel.arch]}"
     if not (counts["loads"] and counts["stores"]):
         yield "a stub: it loads or stores nothing"
     tiled = {"COLUMNS", "PAIRS"} & dict(kernel.constants).keys()
-    if kernel.wide and tiled and not counts["wide"]:
-        yield "no access of 16 bytes"
     unit = matrix_unit(kernel)
+    few = unit == "FFMA" and "PADDED" in dict(kernel.constants)  # features at a time, one for each thread
+    if kernel.wide and tiled and not few and not counts["wide"]:
+        yield "no access of 16 bytes"
+    if report.work is not None:
+        most = triton_aot_attention.repeats(kernel)
+        if not 1 <= report.work <= most:
+            yield f"matrix units compute {report.work:.2f} times what the tiles need, not 1 to {most}"
     if unit and not counts[unit]:
         yield f"no {unit}"
 

@@ -9,6 +9,7 @@ import torch
 
 from pyext._primitives import BLOCK, AttentionProblem
 from pyext.kernels import attention, attention_backward
+from pyext.kernels._attention_tile import Problem
 
 FP32, INT32 = torch.float32, torch.int32
 
@@ -65,11 +66,6 @@ CROWDED = {
     "pairs": ("causal", "dense", "diag", "segment", "mask", "intervals", "blocks", "dropout", "softcap", "sinks"),
     "relative": ("rel_q", "rel_k", "dense", "segment", "mask", "intervals", "dropout", "softcap", "sinks"),
 }
-#: Scenarios whose registers spill, as docs/triton.md says: exact products of fp32 hold whole rows.
-SPILLS = tuple(f"{name} of relative {width} float32" for name in ("full", "all", "backward") for width in (128, 256))
-SPILLS += ("backward of relative 64 float32", "backward, odd sizes 72 float32")
-#: And these of the forward, on one GPU each, two to six instructions.
-SPILLS += ("16 queries 128 float32", "full of pairs 64 float32", "packed diag intervals 128 bfloat16")
 #: What calls usually have.
 USUAL = ((), ("dense",), ("blocks",), ("packed", "causal"), ("packed", "diag", "intervals"))
 
@@ -129,3 +125,41 @@ def _scenario(
             attention.attention_forward(*p)
 
     return f"attention, {name} {width} {str(dtype)[6:]}", width % 64 == 0, call
+
+
+# --- The arithmetic of a tile ---
+
+#: Kernel -> how many products of a tile have depth (or width) PADDED, and how many that of the value.
+PRODUCTS = {
+    "_forward_kernel": (1, 1), "_queries_kernel": (2, 1), "_keys_kernel": (2, 2), "_dense_kernel": (1, 1),
+    "_sum_bands_kernel": (1, 1),
+}  # fmt: skip
+
+
+def tile_flops(kernel) -> int | None:
+    """Floating-point operations of one tile, times the copies of the loop body in the kernel (for tiles with masks and
+    without). None for other kernels and for relative rows, whose inner loops may be unrolled."""
+    constants = dict(kernel.constants)
+    absent = {Problem._fields[path[1]] for path in constants if isinstance(path, tuple) and constants[path] is None}
+    if kernel.name not in PRODUCTS or "rel_index" not in absent:
+        return None
+    copies = 1
+    if kernel.name == "_forward_kernel" and constants["EXACT"]:
+        copies = 2 if {"left", "intervals"} <= absent else 3
+    elif kernel.name == "_queries_kernel":
+        copies = 2 if {"block_offsets", "mask"} <= absent else 1
+    elif kernel.name == "_keys_kernel":
+        copies = 2 if {"block_offsets", "mask", "intervals"} <= absent else 1
+    of_query, of_value = PRODUCTS[kernel.name]
+    value = constants["VALUE_PADDED"]
+    return 2 * constants["ROWS"] * constants["COLUMNS"] * (of_query * constants["PADDED"] + of_value * value) * copies
+
+
+def repeats(kernel) -> int:
+    """How often at most the warps of a program compute the same: each takes 16 rows or 8 columns (of K Q^T the other
+    way around), so that more warps than that, which a configuration has for their registers, repeat."""
+    constants, warps = dict(kernel.constants), dict(kernel.options)["num_warps"]
+    rows, columns = constants["ROWS"], constants["COLUMNS"]
+    if kernel.name == "_keys_kernel":
+        rows, columns = columns, rows
+    return max(16 * warps // rows, 8 * warps // columns, 1)

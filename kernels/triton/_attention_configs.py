@@ -15,9 +15,11 @@ class Config(NamedTuple):
     warps: int
     stages: int
     resident: int = 2  # programs of a multiprocessor, where a fixed number of them walks the blocks
+    registers: int | None = None  # of a thread; None: ptxas chooses
 
     def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 WIDTHS = (64, 128, 256)  # of the wider head, of query and value; a configuration for each
@@ -26,6 +28,13 @@ WIDTHS = (64, 128, 256)  # of the wider head, of query and value; a configuratio
 #: numbers meet than CROWD, the tile has half the rows and columns.
 _PAIRS = ("dense", "diag", "segment", "mask", "block_offsets")
 CROWD = {"plain": 0, "pairs": 2, "relative": 1}
+
+
+def with_registers(config: Config, problem: AttentionProblem) -> Config:
+    """The tile with all registers that there are, for fp32 and heads over 128 (not with relative rows, which it makes
+    spill): left to choose, ptxas spills a few rather than take more than half."""
+    wide = max(problem.query.shape[3], problem.value.shape[3]) > 128 and problem.rel_index is None
+    return config._replace(registers=255) if wide or problem.query.element_size() == 4 else config
 
 
 def _pairs(problem: AttentionProblem) -> int:
@@ -40,7 +49,7 @@ def kind_of(problem: AttentionProblem) -> str:
 
 #: (kind, element size) -> architecture -> a configuration for each of WIDTHS. fp32 has no matrix units. For the others
 #: 16 rows (Hopper: 64 of 4) are one warp's: more warps compute the same twice, but have registers where those run out.
-_RELATIVE_FP32 = (Config(16, 16, 8, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))
+_RELATIVE_FP32 = (Config(16, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2))
 CONFIGS = {
     ("plain", 2): {
         80: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
@@ -48,7 +57,7 @@ CONFIGS = {
         100: (Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
     },
     ("pairs", 2): {
-        80: (Config(128, 32, 8, 2), Config(128, 16, 8, 2), Config(32, 32, 8, 2)),
+        80: (Config(128, 32, 8, 2), Config(128, 16, 8, 1), Config(32, 32, 8, 2)),
         90: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
         100: (Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     },

@@ -15,8 +15,10 @@ from ._attention_tile import (
     limits,
     load_rows,
     power,
+    product,
     relative_numbers,
     relative_scores,
+    rows_of,
     scores,
     softcapped,
     table_entry,
@@ -36,19 +38,19 @@ def sequence(p, n):
 @triton.jit
 def load_queries(p, place, head, rows, grad, lse, delta, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                  VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr):  # fmt: skip
-    """What a tile needs of its queries: rows of query, rel_query (of query without rel_q) and
-    grad_out, lse in units, delta.
+    """What a tile needs of its queries: rows of query, rel_query (of query without rel_q) and grad_out, by `rows_of`;
+    lse in units, delta.
 
     grad: `Rows` of grad_out. lse, delta: (B, H, Lq) fp32.
     """
     b, n, first_query, queries, first_key, keys = place
     inside, row = rows < queries, first_query + rows
-    query = load_rows(p.query + b * p.query_b + head * p.query_h, row, inside, p.query_l, WIDTH, PADDED)
+    query = rows_of(p.query + b * p.query_b + head * p.query_h, row, inside, p.query_l, WIDTH, PADDED)
     rel_query = query
     if p.rel_q is not None:
         at = p.rel_query + b * p.rel_query_b + head * p.rel_query_h
-        rel_query = load_rows(at, row, inside, p.rel_query_l, WIDTH, PADDED)
-    out = load_rows(grad.at + b * grad.b + head * grad.h, row, inside, grad.l, VALUE_WIDTH, VALUE_PADDED)
+        rel_query = rows_of(at, row, inside, p.rel_query_l, WIDTH, PADDED)
+    out = rows_of(grad.at + b * grad.b + head * grad.h, row, inside, grad.l, VALUE_WIDTH, VALUE_PADDED)
     at = (b * p.heads + head) * p.queries + row
     # A query that is not there, or sees nothing, has lse inf: all its probabilities are 0.
     return (
@@ -60,12 +62,12 @@ def load_queries(p, place, head, rows, grad, lse, delta, WIDTH: tl.constexpr, PA
 @triton.jit
 def load_keys(p, place, head, cols, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
               VALUE_PADDED: tl.constexpr):  # fmt: skip
-    """Rows of key and value; `head` is theirs. # [COLUMNS, PADDED], [COLUMNS, VALUE_PADDED]"""
+    """Rows of key and value, as by `rows_of`; `head` is theirs. # [COLUMNS, PADDED], [COLUMNS, VALUE_PADDED]"""
     b, n, first_query, queries, first_key, keys = place
     inside, row = (cols >= 0) & (cols < keys), first_key + cols
     return (
-        load_rows(p.key + b * p.key_b + head * p.key_h, row, inside, p.key_l, WIDTH, PADDED),
-        load_rows(p.value + b * p.value_b + head * p.value_h, row, inside, p.value_l, VALUE_WIDTH, VALUE_PADDED),
+        rows_of(p.key + b * p.key_b + head * p.key_h, row, inside, p.key_l, WIDTH, PADDED),
+        rows_of(p.value + b * p.value_b + head * p.value_h, row, inside, p.value_l, VALUE_WIDTH, VALUE_PADDED),
     )
 
 
@@ -83,31 +85,33 @@ def _keep_each(p, place, head, rows, cols):
 
 
 @triton.jit
-def _product(of_queries, of_keys, BY_KEYS: tl.constexpr):
+def _product(of_queries, of_keys, width, BY_KEYS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """of_queries of_keys^T. BY_KEYS: computed as its transpose, whose registers a product of the transpose then takes
     as they are. # [ROWS, COLUMNS] fp32"""
     if BY_KEYS:
-        product = tl.trans(tl.dot(of_keys, tl.trans(of_queries), input_precision="ieee"))
+        result = tl.trans(product(of_keys, of_queries, width, WIDTH, PADDED))
     else:
-        product = tl.dot(of_queries, tl.trans(of_keys), input_precision="ieee")
-    return product
+        result = product(of_queries, of_keys, width, WIDTH, PADDED)
+    return result
 
 
 @triton.jit
 def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
                     MASKED: tl.constexpr, ALIGNED: tl.constexpr, BY_KEYS: tl.constexpr, WIDTH: tl.constexpr,
-                    PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):  # fmt: skip
+                    PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, ROWS: tl.constexpr,
+                    COLUMNS: tl.constexpr, BAND: tl.constexpr):  # fmt: skip
     """(P after dropout, dS, the gradient of scale * q k^T) of the tile from query `row` and key `start` on, from what
     `load_queries` and `load_keys` gave. Not MASKED: every query sees every key.
     ALIGNED: `start` is a multiple of 4. BY_KEYS: see `_product`. # 3 x [ROWS, COLUMNS] fp32"""
     query, rel_query, out, lse, delta = of_queries
-    product, gradient = _product(query, key, BY_KEYS), _product(out, value, BY_KEYS)
+    by_query = _product(query, key, p.width, BY_KEYS, WIDTH, PADDED)
+    gradient = _product(out, value, p.value_width, BY_KEYS, VALUE_WIDTH, VALUE_PADDED)
     relative = None
     if p.rel_index is not None:
         relative = relative_scores(
             p, place, head, rel_query, key, row, start, scratch, WIDTH, PADDED, ROWS, COLUMNS, BAND
         )
-    weights = power(p, scores(p, place, head, rows, cols, product, relative) - lse[:, None])
+    weights = power(p, scores(p, place, head, rows, cols, by_query, relative) - lse[:, None])
     if MASKED:
         weights = tl.where(visible(p, place, head, rows, cols, low, high, bitmap), weights, 0.0)
     dropped = weights
@@ -119,7 +123,7 @@ def score_gradients(p, place, head, rows, cols, low, high, bitmap, row, start, o
         dropped = tl.where(kept, weights * p.survivors, 0.0)
         gradient = tl.where(kept, gradient * p.survivors, 0.0)
     gradient = weights * (gradient - delta[:, None])
-    _, slope = softcapped(p, product)
+    _, slope = softcapped(p, by_query)
     return dropped, gradient, gradient * slope
 
 
@@ -146,14 +150,15 @@ def add_by_distance(
     PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """sum + `spread` of the tile from query `row` and key `start` on, times the rows of `table` at its distances, few
-    of them at a time: registers. # [ROWS, PADDED], or OF_KEYS [COLUMNS, PADDED]"""
+    of them at a time, up to the largest there is: registers. # [ROWS, PADDED], or OF_KEYS [COLUMNS, PADDED]"""
     PIECE: tl.constexpr = min(ROWS, COLUMNS)
     i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     tl.store(scratch + i[:, None] * COLUMNS + j[None, :], tile)
     tl.debug_barrier()
-    for first in range(0, ROWS + COLUMNS, PIECE):
-        w = first + tl.arange(0, PIECE)
-        number, known = relative_numbers(p, place, start - (row + ROWS - 1) + w)
+    offset = start - (row + ROWS - 1)
+    for first in range(0, tl.minimum(ROWS + COLUMNS, place[5] - offset), PIECE):
+        w = tl.cast(first, tl.int32) + tl.arange(0, PIECE)  # interpreted, a loop counts in Python's numbers
+        number, known = relative_numbers(p, place, offset + w)
         band = load_rows(table, number, known, stride, WIDTH, PADDED)  # [PIECE, PADDED]
         if OF_KEYS:
             other = j[:, None] - w[None, :] + (ROWS - 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._primitives import AttentionProblem
 from ._attention_autotune import chosen
-from ._attention_configs import WIDTHS, Config, kind_of
+from ._attention_configs import WIDTHS, Config, kind_of, with_registers
 from ._attention_plan import padded
 from ._launch import ARCHITECTURES, architecture
 
@@ -151,7 +151,7 @@ def tile_of(kernel: str, problem: AttentionProblem) -> Config:
     if odd and kind != "relative":  # rows are read one element at a time, which takes registers
         kind = "pairs"
     config = BACKWARD_CONFIGS[kernel, kind, query.element_size()][architecture(query.device)][column]
-    return chosen(kernel, config._replace(warps=8) if odd else config)
+    return with_registers(chosen(kernel, config._replace(warps=8) if odd else config), problem)
 
 
 def widths(problem: AttentionProblem) -> dict[str, int]:

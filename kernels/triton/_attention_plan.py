@@ -187,6 +187,7 @@ def _for_kernels(p: AttentionProblem) -> Problem:
         "survivors": (1.0 / (1.0 - p.dropout_p) if p.dropout_p < 1 else 0.0) if dropout else None,
         "left": None if p.left >= keys - 1 else max(p.left, -queries),
         "right": None if p.right >= queries - 1 else max(p.right, -keys),
+        "width": p.query.shape[3], "value_width": p.value.shape[3],
         "heads": heads, "group": heads // max(p.key.shape[1], 1), "queries": queries, "keys": keys, "strip": _strip(p),
         "scale": p.scale, "softcap": p.softcap or None,
     }  # fmt: skip

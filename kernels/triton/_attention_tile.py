@@ -90,6 +90,8 @@ class Problem(NamedTuple):
     survivors: object  # factor on those that are kept
     left: object  # of the window; None = no limit
     right: object
+    width: object  # features of query and key, of value
+    value_width: object
     heads: object
     group: object  # query heads of one key head
     queries: object  # of the tensors
@@ -146,21 +148,55 @@ def packed(p, starts, slot, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(tensor, row, inside, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of WIDTH elements, filled with 0 to PADDED, as are rows that are not inside (None: all are).
-    # [rows, PADDED]"""
-    d = tl.arange(0, PADDED)
+def load_rows(tensor, row, inside, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr, first=0):
+    """Rows of WIDTH elements, filled with 0 to PADDED, as are rows that are not inside (None: all are). With `first`
+    only PADDED elements from there on. # [rows, PADDED]"""
+    WHOLE: tl.constexpr = WIDTH >= PADDED and WIDTH % PADDED == 0
+    d = first + tl.arange(0, PADDED)
     at = tensor + row.to(tl.int64)[:, None] * stride + d[None, :]
     if inside is None:
-        if WIDTH == PADDED:
+        if WHOLE:
             tile = tl.load(at)
         else:
             tile = tl.load(at, mask=(d < WIDTH)[None, :], other=0.0)
-    elif WIDTH == PADDED:
+    elif WHOLE:
         tile = tl.load(at, mask=inside[:, None], other=0.0)
     else:
         tile = tl.load(at, mask=inside[:, None] & (d < WIDTH)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def rows_of(tensor, row, inside, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """A tile as by `load_rows`, and what that needs to load it again: rows for `product`."""
+    return load_rows(tensor, row, inside, stride, WIDTH, PADDED), tensor, row, inside, stride
+
+
+@triton.jit
+def values_of(rows, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """The tile of rows as by `rows_of`. That of fp32, which `product` does not use, is loaded here, not kept until now
+    in registers."""
+    tile = rows[0]
+    if tile.dtype == tl.float32:
+        tile = load_rows(rows[1], rows[2], rows[3], rows[4], WIDTH, PADDED)
+    return tile
+
+
+@triton.jit
+def product(left, right, width, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """left . right^T for two tiles as by `rows_of`. That of fp32, which no matrix unit computes, would hold whole rows
+    in registers: it loads few features at a time, of `width`, the same as WIDTH but unknown to the compiler, which
+    would unroll the loop. # [rows of left, rows of right] fp32"""
+    PIECE: tl.constexpr = min(PADDED, 16)
+    if left[0].dtype == tl.float32:
+        sum = tl.zeros((left[0].shape[0], right[0].shape[0]), tl.float32)
+        for first in range(0, width, PIECE):
+            of_left = load_rows(left[1], left[2], left[3], left[4], WIDTH, PIECE, first)
+            of_right = load_rows(right[1], right[2], right[3], right[4], WIDTH, PIECE, first)
+            sum = tl.dot(of_left, tl.trans(of_right), sum, input_precision="ieee")
+    else:
+        sum = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
+    return sum
 
 
 @triton.jit
@@ -393,13 +429,13 @@ def _band_product(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """scratch[:, w] = left . (the row of `table` for key - query = offset + w), w < WHOLE, PIECE of them at a time: few
-    registers. left: [ROWS, PADDED]."""
+    registers. left: [ROWS, PADDED], as by `rows_of`."""
     for first in range(0, WHOLE, PIECE):
         w = first + tl.arange(0, PIECE)
         number, known = relative_numbers(p, place, offset + w)
-        band = load_rows(table, number, known, stride, WIDTH, PADDED)  # [PIECE, PADDED]
-        product = tl.dot(left, tl.trans(band), input_precision="ieee")  # [ROWS, PIECE]
-        tl.store(scratch + (tl.arange(0, ROWS) * BAND)[:, None] + w[None, :], product)
+        band = rows_of(table, number, known, stride, WIDTH, PADDED)  # [PIECE, PADDED]
+        to = scratch + (tl.arange(0, ROWS) * BAND)[:, None] + w[None, :]
+        tl.store(to, product(left, band, p.width, WIDTH, PADDED))
 
 
 @triton.jit
@@ -413,7 +449,8 @@ def relative_scores(
     program alone, and come back skewed. BAND is a power of two, at least ROWS + COLUMNS. `head` is a scalar.
 
     Args:
-        rel_query: [ROWS, PADDED] or None. key: [COLUMNS, PADDED], for rel_k. WIDTH: the features of a row.
+        rel_query: [ROWS, PADDED] or None. key: [COLUMNS, PADDED], for rel_k. Both as by `rows_of`.
+        WIDTH: the features of a row.
     """
     i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     skew = j[None, :] - i[:, None] + (ROWS - 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._primitives import AttentionProblem
 from ._attention_autotune import chosen, tuned
-from ._attention_configs import FEW, Config, forward_config, kind_of
+from ._attention_configs import FEW, Config, forward_config, kind_of, with_registers
 from ._attention_plan import grid, like_output, padded, prepared, processors, slots, with_bands
 from ._attention_tile import (
     LN2,
@@ -28,7 +28,9 @@ from ._attention_tile import (
     log_sum,
     packed,
     power,
+    product,
     relative_scores,
+    rows_of,
     scores,
     store_rows,
     table_entry,
@@ -54,16 +56,17 @@ def _tile(
 ):  # fmt: skip
     """One step of the online softmax: maximum [ROWS] in units of `scores`, total [ROWS], sum [ROWS, VALUE_PADDED]."""
     cols = start + tl.arange(0, COLUMNS)
-    inside = cols < place[5] if MASKED else None
-    k = load_rows(key, cols, inside, p.key_l, WIDTH, PADDED)
-    product = tl.dot(query, tl.trans(k), input_precision="ieee")  # [ROWS, COLUMNS]
+    present = cols < place[5]
+    inside = present if MASKED else None
+    k = load_rows(key, cols, inside, p.key_l, WIDTH, PADDED), key, cols, present, p.key_l  # as by `rows_of`
+    by_query = product(query, k, p.width, WIDTH, PADDED)  # [ROWS, COLUMNS]
     relative = None
     if p.rel_index is not None:
         relative = relative_scores(
             p, place, head, rel_query, k, tl.min(rows, 0), start, scratch, WIDTH, PADDED, ROWS, COLUMNS,
             2 * max(ROWS, COLUMNS),
         )  # fmt: skip
-    score = scores(p, place, head, rows, cols, product, relative)
+    score = scores(p, place, head, rows, cols, by_query, relative)
     if MASKED:
         score = tl.where(visible(p, place, head, rows, cols, low, high, bitmap), score, float("-inf"))
     highest = tl.maximum(maximum, tl.max(score, 1))
@@ -165,10 +168,10 @@ def _block(
         kv_head, head = owner // p.group, owner
         rows = block * QUERIES + row
     inside, at = rows < queries, first_query + rows
-    query = load_rows(p.query + b * p.query_b + head * p.query_h, at, inside, p.query_l, WIDTH, PADDED)
+    query = rows_of(p.query + b * p.query_b + head * p.query_h, at, inside, p.query_l, WIDTH, PADDED)
     rel_query = None
     if p.rel_query is not None:
-        rel_query = load_rows(
+        rel_query = rows_of(
             p.rel_query + b * p.rel_query_b + head * p.rel_query_h, at, inside, p.rel_query_l, WIDTH, PADDED
         )
     key = p.key + b * p.key_b + kv_head * p.key_h + tl.cast(first_key, tl.int64) * p.key_l
@@ -266,7 +269,7 @@ class _Shape(NamedTuple):
         each = queries
         if p.starts_q is not None:  # a sequence's, about
             each = triton.cdiv(queries, max(p.sequences, 1))
-        config = chosen("forward", forward_config(problem))
+        config = with_registers(chosen("forward", forward_config(problem)), problem)
         per_block, together = power_of_two(each, 1, config.rows), 1
         alone = p.rel_index is not None or p.block_offsets is not None
         together_rows = power_of_two(each, 1, FEW) * power_of_two(p.group, 1, FEW)

@@ -29,6 +29,7 @@ from ._attention_tile import (
     table_entry,
     table_row,
     to_units,
+    values_of,
     whole,
 )
 from ._launch import check, on, readable
@@ -120,8 +121,9 @@ def _queries_step(
     key, value = load_keys(p, place, kv_head, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
     _, ds, d_product = score_gradients(
         p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-        MASKED, True, False, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+        MASKED, True, False, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
     )  # fmt: skip
+    key = values_of(key, WIDTH, PADDED)
     to_query = tl.dot(d_product.to(key.dtype), key, to_query, input_precision="ieee")
     if p.rel_q is not None:
         table = p.rel_q + place[0] * p.rel_q_b + head * p.rel_q_h
@@ -215,10 +217,11 @@ def _keys_step(
         low, high = limits(p, place, rows)
     weights, ds, d_product = score_gradients(
         p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-        MASKED, True, True, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+        MASKED, True, True, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
     )  # fmt: skip
-    query, _, out, _, _ = of_queries
+    out = values_of(of_queries[2], VALUE_WIDTH, VALUE_PADDED)
     to_value = tl.dot(tl.trans(weights.to(out.dtype)), out, to_value, input_precision="ieee")
+    query = values_of(of_queries[0], WIDTH, PADDED)
     to_key = tl.dot(tl.trans(d_product.to(query.dtype)), query, to_key, input_precision="ieee")
     if p.rel_k is not None:
         table = p.rel_k + place[0] * p.rel_k_b + head * p.rel_k_h

@@ -17,7 +17,7 @@ from ._attention_autotune import tuned
 from ._attention_gradient import load_keys, load_queries, look_at_tile, score_gradients, sequence, spread
 from ._attention_gradient_plan import scratch_of, tile_of, widths
 from ._attention_plan import grid, with_bands
-from ._attention_tile import Problem, store_rows, whole
+from ._attention_tile import Problem, store_rows, values_of, whole
 from ._launch import power_of_two
 
 TERMS = 64  # positions of a strip that are added at a time
@@ -41,12 +41,12 @@ def _add_tile(
         key, value = load_keys(p, place, head // p.group, cols, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED)
         _, ds, _ = score_gradients(
             p, place, head, rows, cols, low, high, bitmap, row, start, of_queries, key, value, scratch,
-            True, p.starts_q is None, False, WIDTH, PADDED, ROWS, COLUMNS, BAND,
+            True, p.starts_q is None, False, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, ROWS, COLUMNS, BAND,
         )  # fmt: skip
         if KIND == DIAG:
             sum += ds
         else:
-            factor = of_queries[1] if KIND == REL_Q else key
+            factor = values_of(of_queries[1] if KIND == REL_Q else key, WIDTH, PADDED)
             by_distance = tl.trans(spread(ds, scratch, KIND == REL_K, ROWS, COLUMNS, BAND))
             sum = tl.dot(by_distance.to(factor.dtype), factor, sum, input_precision="ieee")
     return sum

@@ -68,7 +68,7 @@ def attention(
         return_lse: also return the LSE.
         generator: source of the dropout seed; None = the default generator of the device. Not touched without
             dropout.
-        deterministic: accepted for all backends; the CPU kernels and the reference are deterministic in any case.
+        deterministic: for all backends; CPU and Triton kernels and the reference are deterministic in any case.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; see `pyext.explain`.
     Returns:
         out (B, Hq, Lq, Dv) in the query's dtype; with `return_lse` also lse (B, Hq, Lq), natural log, fp32 (fp64 for

@@ -6,7 +6,8 @@ may be read or written, and programs run in order, so that one may lean on what 
 interpreter
 
 * computes bfloat16 in fp32 and rounds to nearest even after every operation, `tl.dot` in fp32 on exact operands; a dot
-  of fp32 in TF32 precision rounds its operands to TF32, as the hardware does;
+  of fp32 in TF32 precision rounds its operands to TF32, as the hardware does; and its sums are in an order that the
+  size of the tile does not change (numpy's do), so that kernels with different tiles find the same score;
 * fills the lanes that a load masks off, and gives no `other` for, with NaN (the largest integer): on a GPU they hold
   anything;
 * refuses every access outside the tensors passed to the launch (masked-off lanes touch nothing);
@@ -28,6 +29,7 @@ from triton.runtime import interpreter
 
 BF16 = tl.bfloat16
 Handle, Builder, Executor = interpreter.TensorHandle, interpreter.InterpreterBuilder, interpreter.GridExecutor
+DEPTH = 16  # products that a matrix unit adds up before it adds to its accumulator
 FLOATS = {tl.float16, BF16, tl.float32, tl.float64}
 
 
@@ -122,7 +124,12 @@ def _create_dot(stock, self, a, b, d, input_precision, max_num_imprecise_acc):
             else x
             for x in (a, b)
         )
-    return stock(self, a, b, d, input_precision, max_num_imprecise_acc)
+    if not a.data.dtype.kind == b.data.dtype.kind == "f" or d.data.dtype != np.float32:
+        return stock(self, a, b, d, input_precision, max_num_imprecise_acc)
+    left, right, total = a.data.astype(np.float64), b.data.astype(np.float64), d.data
+    for k in range(0, left.shape[-1], DEPTH):
+        total = (total + left[..., k : k + DEPTH] @ right[..., k : k + DEPTH, :]).astype(np.float32)
+    return Handle(total, d.dtype.scalar)
 
 
 def _create_erf(stock, self, arg):

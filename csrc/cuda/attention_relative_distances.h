@@ -56,10 +56,10 @@ struct ByDistance {
 
   PYEXT_DEVICE void load_keys(int step) const {
     const int64_t at = first_key + step * columns, kv_head = head / (p.heads / p.kv_heads);
-    load_tile<Tile::threads, columns>(keys(step), rows_of<T>(p.key, batch, kv_head), p.key.row, at, p.k_len,
-                                      p.head_dim);
-    load_tile<Tile::threads, columns>(values(step), rows_of<T>(p.value, batch, kv_head), p.value.row, at, p.k_len,
-                                      p.value_dim);
+    load_tile<Tile::threads, columns, true>(keys(step), rows_of<T>(p.key, batch, kv_head), p.key.row, at, p.k_len,
+                                            p.head_dim);
+    load_tile<Tile::threads, columns, true>(values(step), rows_of<T>(p.value, batch, kv_head), p.value.row, at, p.k_len,
+                                            p.value_dim);
     ptx::cp_async_commit();
   }
   // A block of queries, and whether anybody of it meets these distances.

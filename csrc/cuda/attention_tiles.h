@@ -28,8 +28,9 @@ __host__ __device__ constexpr int tile_elements(int rows) {
   return rows * (width + 8);
 }
 
-// Starts the copy of `rows` rows from row `first` on; zeros for rows outside of [0, count) and beyond `columns`.
-template <int threads, int rows, class T, int width>
+// Starts the copy of `rows` rows from row `first` on; zeros beyond row `count` and beyond `columns`, and with `before`
+// for rows before 0, too.
+template <int threads, int rows, bool before = false, class T, int width>
 PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, int64_t row_stride, int64_t first,
                             int64_t count, int64_t columns) {
   constexpr int chunks = width / 8;
@@ -37,7 +38,7 @@ PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, i
 #pragma unroll 1  // addresses of several chunks at once would cost the registers that products need
   for (int n = 0; n < rows * chunks / threads; ++n) {
     const int i = n * threads + threadIdx.x, row = i / chunks, column = i % chunks * 8;
-    const bool valid = uint64_t(first + row) < uint64_t(count) && column < columns;
+    const bool valid = first + row < count && column < columns && (!before || first + row >= 0);
     ptx::cp_async(tile.at(row, column), matrix + (valid ? (first + row) * row_stride + column : 0), valid);
   }
 }

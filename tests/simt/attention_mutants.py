@@ -56,11 +56,11 @@ MUTANTS = [
     _Forward("windows aligned at the first key", "query + p.k_len - p.q_len;", "query;", "causal"),
     _Forward(
         "rows past the end are read",
-        "uint64_t(first + row) < uint64_t(count) && column < columns",
+        "first + row < count && column < columns",
         "column < columns",
         "plain",
     ),
-    _Forward("features past the end are read", "uint64_t(count) && column < columns;", "uint64_t(count);", "narrow"),
+    _Forward("features past the end are read", "count && column < columns", "count", "narrow"),
     _Forward("rows past the end are written", "if (row >= count) continue;", "", "plain"),
     _Forward(
         "fragments of keys in the wrong order",
@@ -164,9 +164,7 @@ MUTANTS = [
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
     _Forward("scores of segments swapped", "same ? scores[half][1]", "!same ? scores[half][1]", "segments"),
-    _Relative(
-        "keys before the first are read", "uint64_t(first + row) < uint64_t(count)", "first + row < count", "both"
-    ),
+    _Relative("keys before the first are read", "(!before || first + row >= 0)", "true", "both"),
     _Relative(
         "most of a band taken as there",
         "follows = next.head == loaded.head && next.block == loaded.block + 1;",

@@ -9,7 +9,8 @@
     python -m benchmarks.report --compare old.json new.json --tolerance 0.1
                                                       exit status 1 if a figure got worse by more than 10 %
 
-A run over some of the cases replaces those in the stored results and keeps the rest. The JSON:
+A run over some of the cases replaces those in the stored results and keeps the rest; each is stored when it is done.
+The JSON:
 {"schema": 1, "machine": {...}, "results": [{name, op, group, title, dtype, threads, isa, status,
 times: {contender: {median_ms, min_ms, rounds, gflops}}, peak_gflops, bandwidth_gbs,
 figures: [{name, value, unit, sign, target, met}], error: {ok, worst, tensors}, notes}]}.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,7 +35,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # --- Running and reading --------------------------------------------------------------------------------------------
 
 
-def run(pattern: str, threads: int, budget: float, seed: int | None) -> dict:
+def run(pattern: str, threads: int, budget: float, seed: int | None) -> Iterator[dict]:
+    """The results so far, after every case."""
     from . import every_case
     from .harness import machine_facts
 
@@ -43,7 +46,7 @@ def run(pattern: str, threads: int, budget: float, seed: int | None) -> dict:
             bar.set_description(case.name)
             results.append(every_case.run_apart(case.name, threads, budget, seed))
             bar.write(summary(results[-1]), file=sys.stderr)
-    return {"schema": SCHEMA, "machine": machine_facts(threads), "results": results}
+            yield {"schema": SCHEMA, "machine": machine_facts(threads), "results": results}
 
 
 def check_only(pattern: str, threads: int, seed: int | None) -> int:
@@ -85,6 +88,10 @@ def load(path: Path) -> dict:
     if data.get("schema") != SCHEMA:
         raise SystemExit(f"{path} has schema {data.get('schema')!r}, this report reads {SCHEMA}")
     return data
+
+
+def save(path: Path, data: dict) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --- The table ------------------------------------------------------------------------------------------------------
@@ -277,11 +284,13 @@ def main(argv: list[str] | None = None) -> int:
     name = args.name or ("cpu" if args.threads == 1 else f"cpu-{args.threads}-threads")
     stored = args.results or RESULTS / f"{name}.json"
     if args.run:
-        data = run(args.cases, args.threads, args.budget, args.seed)
-        if args.cases:
-            data = merged(load(stored) if stored.exists() else None, data)
+        before = load(stored) if stored.exists() else None
         stored.parent.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        for found in run(args.cases, args.threads, args.budget, args.seed):
+            data = merged(before, found)
+            save(stored, data)
+        if not args.cases:  # what is no case any more goes
+            save(stored, data := found)
     elif not stored.exists():
         raise SystemExit(f"{stored} does not exist; add --run to measure")
     else:

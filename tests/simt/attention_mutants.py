@@ -123,9 +123,9 @@ MUTANTS = [
         "causal",
     ),
     _Backward(
-        "a block's rows overwritten while others use them",
-        "__syncthreads();  // all are done with what the block before",
-        "// what the block before",
+        "what warps carry overwrites what others still add",
+        "__syncthreads();  // all have added the last tile's",
+        "// the last tile's",
         "many queries",
     ),
     _Backward("what comes next is stored too early", "stages[(n + 1) % 2]", "stages[n % 2]", "causal"),

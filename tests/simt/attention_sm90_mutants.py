@@ -181,7 +181,6 @@ MUTANTS += [
         "if (Tile::relative && group == 0)",
         "if (Tile::relative && group == 2)",
     ),
-    Mutant("a lane left behind at a band", "relative, clipped", "__syncwarp();  // a lane that", "// a lane that"),
     Mutant("distances off by one", "relative", "all.origin + p.q_len - 1", "all.origin + p.q_len"),
     Mutant("the first head's rows", "relative, clipped", "p.rel_q_heads == 1 ? 0 : head", "0"),
 ]

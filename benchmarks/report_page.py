@@ -70,12 +70,14 @@ def _families(data: dict, folder: Path) -> str:
     title = "Model families"
     intro = "One layer of base size, forward and backward: tokens per second, patched and as published."
     cases = [(re.match(r"systems/(.+)/(\d+)x(\d+)/", r["name"]), r) for r in data["results"] if r["times"]]
+    cases = [(found, r) for found, r in cases if found]
+    families = list(dict.fromkeys(found[1] for found, _ in cases))
+    cases.sort(key=lambda case: (families.index(case[0][1]), int(case[0][3])))
     speeds = {
         (f"{found[1]} {found[2]} x {found[3]}", r["dtype"]): {
             who: int(found[2]) * int(found[3]) / t["median_ms"] * 1e3 for who, t in r["times"].items()
         }
         for found, r in cases
-        if found
     }
     if not speeds:
         return _section(title, intro, None)

@@ -27,7 +27,7 @@ VOCABULARY, CHECKED = 128, 96  # words; the length of the sequence that results 
 GENERAL = dict(vocab_size=VOCABULARY, hidden_size=768, num_hidden_layers=1, num_attention_heads=12)
 T5 = dict(vocab_size=VOCABULARY, d_model=768, d_kv=64, num_heads=12, num_layers=1, dropout_rate=0.0)
 EAGER, SDPA = "eager", "SDPA"
-SHORT = (2, 512), (1, 2048)
+FROM_512, FROM_1024 = ((2, 512), (1, 2048)), ((1, 1024), (1, 2048))
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class System:
     model: str
     config: str
     options: dict = field(hash=False)
-    sizes: tuple[tuple[int, int], ...] = ((1, 1024), (1, 2048))
+    sizes: tuple[tuple[int, int], ...] = FROM_1024
     at_least: tuple[float, float] = (1.0, 1.0)  # fp32, bf16
 
 
@@ -55,12 +55,12 @@ SYSTEMS = (
             norm_rel_ebd="layer_norm", pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         ),
-        SHORT, at_least=(2.5, 2.5),
+        FROM_512, at_least=(2.5, 2.5),
     ),
     System(
         "xlnet", "XLNetModel", "XLNetConfig",
         dict(vocab_size=VOCABULARY, d_model=768, n_layer=1, n_head=12, d_inner=3072, dropout=0.0),
-        SHORT, at_least=(2.5, 2.5),
+        FROM_512, at_least=(2.5, 2.5),
     ),
     System(
         "bloom", "BloomModel", "BloomConfig", dict(vocab_size=VOCABULARY, hidden_size=1024, n_layer=1, n_head=16),
@@ -82,14 +82,14 @@ SYSTEMS = (
     ),
     System(
         "bert", "BertModel", "BertConfig",
-        dict(GENERAL, intermediate_size=3072, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), SHORT[:1],
+        dict(GENERAL, intermediate_size=3072, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), FROM_512[:1],
     ),
     System(
         "gpt2", "GPT2Model", "GPT2Config",
         dict(
             vocab_size=VOCABULARY, n_embd=768, n_layer=1, n_head=12, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
         ),
-        ((1, 1024),),
+        FROM_1024[:1],
     ),
     System(
         "gptj", "GPTJModel", "GPTJConfig",

@@ -59,7 +59,7 @@ CONFIGS = {
     ("pairs", 2): {
         80: (Config(128, 32, 8, 2), Config(128, 16, 8, 1), Config(32, 32, 8, 2)),
         90: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
-        100: (Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+        100: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     },
     ("relative", 2): {
         80: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),

@@ -340,7 +340,7 @@ def _patch_lang_tensor(stock, tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-# --- Speed: every operation makes its type and its tensor anew, which takes the interpreter a third of its time ---
+# --- Speed: every operation makes its type and its tensor anew, which takes the interpreter much of its time ---
 
 _types: dict[tuple, dict] = {}  # element type and shape -> the attributes of such a type
 _forms: dict[str, dict] = {}  # the name of a type -> the attributes of its tensors

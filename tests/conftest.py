@@ -60,7 +60,7 @@ def _left_out(items):
             yield item
         else:
             tests.setdefault(item.nodeid.split("[")[0], []).append(item)
-    if backends.HAS_GPU or os.environ.get("PYEXT_TEST_INTERPRETED") == "all":
+    if backends.HAS_GPU or backends.INTERPRET_ALL:
         return
     for name, cases in tests.items():
         surplus = len(cases) - MOST_INTERPRETED

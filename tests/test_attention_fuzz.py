@@ -49,6 +49,12 @@ BROADCASTS = ("bhqk", "b1qk", "1hqk", "11qk", "bh1k", "b11k", "1h1k", "111k", "b
 seeds = st.integers(0, 2**31 - 1)
 
 
+def in_triton(test):
+    """A few calls, which the interpreter takes a second each; many when asked for all."""
+    here = pytest.mark.skipif(not backends.TRITON, reason="Triton is not installed")
+    return here(examples(100 if backends.INTERPRET_ALL else 4)(test))
+
+
 def length(longest):
     """Small lengths, tile borders and anything between."""
     return st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65]), st.integers(1, longest))
@@ -158,22 +164,31 @@ def cases(draw):
     )
 
 
-@examples(150)
-@given(
-    which=cases(),
-    dtype=st.sampled_from(DTYPES),
-    seed=seeds,
-    threads=st.sampled_from([1, 2]),
-    least=st.sampled_from([9, _passes.LEAST_QUERIES]),
-)
-def test_any_call(which, dtype, seed, threads, least):
+def check(tried, which, dtype, seed, threads, least):
     """least: the number of queries from which on a mask may be reordered."""
-    drawn, reference, eager = expected(which, dtype, seed)
-    for backend in backends.ALL:
+    for backend in tried:
         with backend.selected(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(_passes, "LEAST_QUERIES", least)
+            drawn, reference, eager = expected(which, dtype, seed)
             got = run(drawn, backend.impl, threads)
         compare(drawn, got, reference, eager)
+
+
+ANY = dict(
+    which=cases(), seed=seeds, threads=st.sampled_from([1, 2]), least=st.sampled_from([9, _passes.LEAST_QUERIES])
+)
+
+
+@examples(150)
+@given(dtype=st.sampled_from(DTYPES), **ANY)
+def test_any_call(**call):
+    check(backends.ALL, **call)
+
+
+@in_triton
+@given(dtype=st.sampled_from(DTYPES[:3]), **ANY)
+def test_any_call_of_triton(**call):
+    check(backends.TRITON, **call)
 
 
 @st.composite
@@ -185,8 +200,7 @@ def packed_calls(draw):
     return sequences, bias, mask, left, right
 
 
-@examples(60)
-@given(
+PACKED = dict(
     call=packed_calls(),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (3, 3)]),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -194,14 +208,40 @@ def packed_calls(draw):
     dropout=st.sampled_from([0.0, 0.3]),
     seed=seeds,
 )
-def test_any_packed_call(call, heads, dims, softcap, dropout, seed):
+
+
+@examples(60)
+@given(**PACKED)
+def test_any_packed_call(**call):
     """fp64 on the kernels against the reference, which runs each sequence by itself."""
+    wanted = packed("reference", torch.float64, **call)
+    for backend in backends.CPU:
+        with backend.selected():
+            results = packed(backend.impl, torch.float64, **call)
+        for got, exact in zip(results, wanted):
+            torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-10)
+
+
+@in_triton
+@given(**PACKED)
+def test_any_packed_call_of_triton(**call):
+    """fp32 against the reference in fp64."""
+    with backends.TRITON[0].selected():
+        results = [packed(*by, **call) for by in (("triton", torch.float32), ("reference", torch.float64))]
+    for got, exact in zip(*results):
+        near = 1e-5 * (1 + exact.masked_fill(exact == -torch.inf, 0).abs().sum().item() / max(exact.numel(), 1))
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=near)
+
+
+def packed(impl, dtype, call, heads, dims, softcap, dropout, seed):
+    """out, LSE and all gradients, zeros where there is none."""
     sequences, bias, mask, left, right = call
     lengths_q, lengths_k = zip(*sequences)
     g = torch.Generator().manual_seed(seed)
 
     def leaf(*size):
-        return torch.randn(*size, generator=g, dtype=torch.float64).requires_grad_()
+        values = torch.randn(*size, generator=g, device="cpu")  # in fp32, whatever the dtype
+        return values.to(torch.get_default_device(), dtype).requires_grad_()
 
     q, k, v = leaf(sum(lengths_q), heads[0], dims[0]), leaf(sum(lengths_k), heads[1], dims[0]), None
     v = leaf(sum(lengths_k), heads[1], dims[1])
@@ -227,25 +267,16 @@ def test_any_packed_call(call, heads, dims, softcap, dropout, seed):
     options = dict(
         bias=biases[bias], mask=visible.get(mask), is_causal=mask == "is_causal", softcap=softcap, sinks=sinks
     )
-    results = []
-    for backend in backends.ALL:
-        with backend.selected():
-            out, lse = pyext.varlen_attention(
-                *(q, k, v, cu_q, cu_k),
-                enable_gqa=True,
-                return_lse=True,
-                dropout_p=dropout,
-                generator=torch.Generator().manual_seed(seed),
-                impl=backend.impl,
-                **options,
-            )
-            weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-            leaves = [q, k, v, slopes, table, sinks, r, u, w, rows]
-            total = (out * weight).sum() + lse.sum()
-            results.append([out, lse, *torch.autograd.grad(total, leaves, allow_unused=True)])
-    for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            b = torch.zeros_like(a) if b is None and a is not None else b
-            a = torch.zeros_like(b) if a is None and b is not None else a
-            if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    out, lse = pyext.varlen_attention(
+        *(q, k, v, cu_q, cu_k),
+        enable_gqa=True,
+        return_lse=True,
+        dropout_p=dropout,
+        generator=torch.Generator(torch.get_default_device()).manual_seed(seed),
+        impl=impl,
+        **options,
+    )
+    weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+    leaves = [q, k, v, slopes, table, sinks, r, u, w, rows]
+    grads = torch.autograd.grad((out * weight).sum() + lse.sum(), leaves, allow_unused=True)
+    return [out, lse, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads))]

@@ -7,7 +7,21 @@ import torch
 
 from support import layouts
 from support.cases import DTYPES, case, check, draw, dtype_name, run
-from support.parts import Shape, alibi, causal, dense, dense_mask, diagonal, is_causal, padding, t5, window
+from support.parts import (
+    Shape,
+    alibi,
+    causal,
+    dense,
+    dense_mask,
+    diagonal,
+    documents,
+    is_causal,
+    padding,
+    strided,
+    t5,
+    union,
+    window,
+)
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16)
 
@@ -93,6 +107,7 @@ EMPTY_PARTS = {
     "alibi": (alibi(),),
     "dense": (dense("1hqk"),),
     "mask": (dense_mask("bhqk"),),
+    "blocks": (union(documents(batched=True, cross=True), strided(3)),),
 }
 
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cuda_resources.sass import matrix_flops
 
 from support import backends
-from support.sass import matrix_flops
 
 pytestmark = pytest.mark.skipif(not backends.TRITON, reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,8 +66,12 @@ sys.exit(triton_aot.main())
 
 def test_matrix_instructions_are_counted():
     """By their shapes; those of sm_100 do not name any."""
-    code = "HMMA.16816.F32.BF16 R4, R8, R2, R4 ;\nHMMA.1688.F32 R4, R8, R2, R4 ;\nFFMA R0, R1, R2, R3 ;\n"
-    assert matrix_flops(code, 8) == 8 * 2 * (16 * 8 * 16 + 16 * 8 * 8)
-    assert matrix_flops("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;", 8) == 2 * 2 * 64 * 128 * 16
-    assert matrix_flops(code + "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;", 8) is None
-    assert matrix_flops("FFMA R0, R1, R2, R3 ;", 4) == 0
+
+    def sass(*code):
+        return "".join(f"  /*{16 * n:04x}*/  {text} ;  /* 0x0 */\n" for n, text in enumerate(code))
+
+    code = "HMMA.16816.F32.BF16 R4, R8, R2, R4", "@!P0 HMMA.1688.F32 R4, R8, R2, R4", "FFMA R0, R1, R2, R3"
+    assert matrix_flops(sass(*code), 8) == 8 * 2 * (16 * 8 * 16 + 16 * 8 * 8)
+    assert matrix_flops(sass("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24"), 8) == 2 * 2 * 64 * 128 * 16
+    assert matrix_flops(sass(*code, "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8]"), 8) is None
+    assert matrix_flops(sass("FFMA R0, R1, R2, R3"), 4) == 0

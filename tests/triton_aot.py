@@ -57,7 +57,7 @@ from pyext.kernels import (
 )
 
 from . import triton_aot_attention
-from .support.sass import matrix_flops
+from .cuda_resources.sass import matrix_flops
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block
 TYPES = {

@@ -49,7 +49,7 @@ def kind_of(problem: AttentionProblem) -> str:
 
 #: (kind, element size) -> architecture -> a configuration for each of WIDTHS. fp32 has no matrix units. For the others
 #: 16 rows (Hopper: 64 of 4) are one warp's: more warps compute the same twice, but have registers where those run out.
-_RELATIVE_FP32 = (Config(16, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 2))
+_RELATIVE_FP32 = (Config(16, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 8, 1))
 CONFIGS = {
     ("plain", 2): {
         80: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(64, 32, 8, 2)),
@@ -59,7 +59,7 @@ CONFIGS = {
     ("pairs", 2): {
         80: (Config(128, 32, 8, 2), Config(128, 16, 8, 1), Config(32, 32, 8, 2)),
         90: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
-        100: (Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+        100: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
     },
     ("relative", 2): {
         80: (Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)),

@@ -68,7 +68,7 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
     ("keys", "strip", 2): {
         80: (Config(32, 64, 4, 2), Config(32, 64, 8, 1), Config(32, 32, 8, 1)),
         90: (Config(32, 64, 4, 2), Config(16, 64, 8, 1), Config(32, 32, 8, 1)),
-        100: (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 1)),
+        100: (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(16, 64, 8, 1)),
     },
     ("keys", "pairs", 2): {
         80: (Config(16, 64, 8, 1), Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
@@ -108,7 +108,7 @@ BACKWARD_CONFIGS: dict[tuple[str, str, int], dict[int, tuple[Config, ...]]] = {
         ARCHITECTURES, (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))
     ),
     ("keys", "plain", 4): dict.fromkeys(
-        ARCHITECTURES, (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 1))
+        ARCHITECTURES, (Config(32, 32, 4, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 1))
     ),
     ("keys", "strip", 4): dict.fromkeys(
         ARCHITECTURES, (Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1))

@@ -148,13 +148,13 @@ def ranges(values: Tensor, low: Tensor | None, high: Tensor, sizes: Sizes) -> Pa
     seen = seen.cumsum(2, dtype=torch.uint8).view(torch.int64).view(-1, _BYTES // 8)
     # How many of all keys come before the range, and up to its end; beyond the last query, none.
     ends = [torch.searchsorted(values, x.expand(batch, -1).contiguous(), right=past) for x, past in ends]
-    ends = [torch.nn.functional.pad(x, (0, -sizes.queries % BLOCK)).view(batch, 1, -1, BLOCK) for x in ends]
+    ends = [torch.nn.functional.pad(x, (0, -sizes.queries % BLOCK)).unflatten(1, (1, -1, BLOCK)) for x in ends]
     offset = torch.arange(batch, device=device).view(-1, 1, 1) * columns
 
     def patterns(row: int, which: Tensor) -> Tensor:
         column = offset + which.to(device).view(1, -1, 1)
         rows = (seen[(column * (BLOCK + 1) + number[column * (sizes.keys + 1) + x[:, :, row]]).flatten()] for x in ends)
-        return functools.reduce(torch.bitwise_xor, rows).view(torch.uint8).view(batch, 1, -1, BLOCK, _BYTES)
+        return functools.reduce(torch.bitwise_xor, rows).view(torch.uint8).view(batch, 1, which.numel(), BLOCK, _BYTES)
 
     return patterns
 

@@ -17,11 +17,12 @@ def main() -> int:
         print(why)
         return 1
     start = time.perf_counter()
+    compiled.compile_all()
     most: dict[str, dict[str, int]] = {}
     wrong = []
     for source, architecture in compiled.BUILDS:
         found = compiled.kernels(source, architecture)
-        size = compiled.OUT.joinpath(f"{source.stem}.{architecture}.cubin").stat().st_size
+        size = compiled.cubin(source, architecture).stat().st_size
         print(f"{source.name:<12} {architecture:<7} {len(found):>3} kernels, {size / 1024:5.0f} KiB")
         for kernel in found:
             row = compiled.row_of(kernel)

@@ -5,6 +5,7 @@ No GPU is needed: nvcc's ptxas reports registers, stack and spills, cuobjdump pr
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -79,36 +80,33 @@ class Kernel:
 
 @functools.cache
 def kernels(source: Path, architecture: str) -> list[Kernel]:
-    """What is compiled of a source; all sources for all architectures are compiled by the first call."""
-    _compile_all()
-    cubin = _cubin(source, architecture)
-    found = _read_log(cubin.with_suffix(".log").read_text())
-    _add_sass(found, _run(find_cuobjdump(), "--dump-sass", cubin))
+    """What is compiled of a source."""
+    path = cubin(source, architecture)
+    found = _read_log(path.with_suffix(".log").read_text())
+    _add_sass(found, _run(find_cuobjdump(), "--dump-sass", path))
     for kernel, name in zip(found.values(), _demangle(found)):
         kernel.name = name
     return sorted(found.values(), key=lambda kernel: kernel.name)
 
 
-def _cubin(source: Path, architecture: str) -> Path:
-    return OUT / f"{source.stem}.{architecture}.cubin"
-
-
 @functools.cache
-def _compile_all() -> None:
+def cubin(source: Path, architecture: str) -> Path:
+    """Beside its log; compiled anew if any header is newer. Of several processes that ask at once, one compiles."""
     OUT.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(_compile, *zip(*BUILDS)))
-
-
-def _compile(source: Path, architecture: str) -> None:
-    """Anew if any header is newer than the cubin."""
-    cubin = _cubin(source, architecture)
+    path = OUT / f"{source.stem}.{architecture}.cubin"
     inputs = [source, *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"), Path(__file__)]
-    if cubin.is_file() and cubin.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
-        return
-    command = (find_nvcc(), "-std=c++17", "-O3", "-DNDEBUG", "-cubin", f"-arch={architecture}", "-Xptxas=-v", source)
-    log = _run(*command, "-o", cubin, error_stream=True)
-    cubin.with_suffix(".log").write_text(log)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file() or path.stat().st_mtime <= max(file.stat().st_mtime for file in inputs):
+            options = ("-std=c++17", "-O3", "-DNDEBUG", "-cubin", f"-arch={architecture}", "-Xptxas=-v")
+            log = _run(find_nvcc(), *options, source, "-o", path, error_stream=True)
+            path.with_suffix(".log").write_text(log)
+    return path
+
+
+def compile_all() -> None:
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(cubin, *zip(*BUILDS)))
 
 
 def _run(*command: object, error_stream: bool = False, text: str | None = None) -> str:
@@ -174,8 +172,7 @@ def table() -> list[Row]:
 
 def warnings(source: Path, architecture: str) -> list[str]:
     """What the assembler says of asynchronous products that it had to wait for, and of registers it did not move."""
-    _compile_all()
-    return re.findall(r".*\bC75\d\d\b.*", _cubin(source, architecture).with_suffix(".log").read_text())
+    return re.findall(r".*\bC75\d\d\b.*", cubin(source, architecture).with_suffix(".log").read_text())
 
 
 def row_of(kernel: Kernel) -> Row | None:

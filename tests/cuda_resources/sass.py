@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -28,6 +29,23 @@ class Instruction:
             wide = re.search(r"\.(128|64)\b|\.M88\.([24])\b", self.text)
             return 1 if wide is None else int(wide[1]) // 32 if wide[1] else int(wide[2])
         return 0
+
+    @property
+    def multiplications(self) -> int:
+        """Of a product of matrices, per warp of those that it takes: one for HMMA.16816, which multiplies 16 x 8 by 16
+        numbers, and four for HGMMA.64xNx16, which multiplies 64 x N by 16; 0 for all else."""
+        match = re.match(r"HMMA\.(16)(8)(16|8)\.|HGMMA\.(\d+)x(\d+)x(\d+)\.", self.text)
+        sizes = [int(size) for size in match.groups() if size] if match else [0]
+        return math.prod(sizes) // (4 if self.name == "HGMMA" else 1)
+
+
+def matrix_flops(sass: str, warps: int) -> int | None:
+    """Floating-point operations of the matrix instructions of a program of that many warps, each counted once, however
+    often loops run it. None where instructions do not name their shape: sm_100's read it from a register."""
+    code = instructions(sass)
+    if any(re.fullmatch(r"UTC\w*MMA", i.name) for i in code):
+        return None
+    return 2 * warps * sum(i.multiplications for i in code)
 
 
 def instructions(sass: str) -> list[Instruction]:

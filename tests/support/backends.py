@@ -19,6 +19,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, for its own functions too
+#: Whether interpreted Triton, which is slow, runs every case of attention, instead of some others in each run.
+INTERPRET_ALL = os.environ.get("PYEXT_TEST_INTERPRETED") == "all"
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,22 @@ def expected(leaves, routing, activation, grad, dtype=torch.float64):
     return gradients(out + 0 * sum(leaf.sum() for leaf in copies.values() if leaf is not None), copies, grad.to(dtype))
 
 
+_last: list = [None, None]  # what the last case was made of, and what it gives
+
+
+def _expected(leaves, routing, activation, grad):
+    """`expected` in fp64 and in the dtype itself; kept, since backends come after each other with the same case."""
+    made_of = [*leaves.values(), *routing, grad]
+    kinds = activation, [x if x is None else (x.dtype, x.shape, x.device) for x in made_of]
+    former = _last[0]
+    if not (former and former[0] == kinds and all(x is None or torch.equal(x, y) for x, y in zip(made_of, former[1]))):
+        exact = expected(leaves, routing, activation, grad)
+        narrow = grad.dtype != torch.float64
+        eager = expected(leaves, routing, activation, grad, grad.dtype) if narrow else exact
+        _last[:] = (kinds, made_of), (exact, eager)
+    return _last[1]
+
+
 def check(leaves, routing, activation, backend, dtype=None, threads=1):
     """`forward` and the three steps, outputs and all gradients, against the loops.
 
@@ -103,8 +119,7 @@ def check(leaves, routing, activation, backend, dtype=None, threads=1):
     sizes = routing.position.shape[0], leaves["w_down"].shape[1]
     grad = torch.randn(sizes, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
     grad = grad.to(leaves["x"].device, dtype)
-    exact = expected(leaves, routing, activation, grad)
-    eager = exact if dtype == torch.float64 else expected(leaves, routing, activation, grad, dtype)
+    exact, eager = _expected(leaves, routing, activation, grad)
     for compute in (whole, steps) if dtype in (torch.float32, torch.float64) else (whole,):
         with on_threads(threads):
             out, named = compute(leaves, routing, activation, impl=backend.impl)

@@ -340,6 +340,34 @@ def _patch_lang_tensor(stock, tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+# --- Speed: every operation makes its type and its tensor anew, which takes the interpreter much of its time ---
+
+_types: dict[tuple, dict] = {}  # element type and shape -> the attributes of such a type
+_forms: dict[str, dict] = {}  # the name of a type -> the attributes of its tensors
+_numpy: dict[str, np.dtype] = {}  # the name of a type -> that of its values
+
+
+def _block_type(stock, self, element_ty, shape):
+    key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+    if key not in _types:
+        stock(self, element_ty, shape)
+        _types[key] = vars(self).copy()
+    vars(self).update(_types[key])
+
+
+def _tensor(stock, self, handle, type):
+    if type.name not in _forms:
+        stock(self, None, type)
+        _forms[type.name] = vars(self).copy()
+    vars(self).update(_forms[type.name], handle=handle, type=type)
+
+
+def _get_np_dtype(stock, tt_dtype):
+    if tt_dtype.name not in _numpy:
+        _numpy[tt_dtype.name] = stock(tt_dtype)
+    return _numpy[tt_dtype.name]
+
+
 # --- Installation ---
 
 CHANGES = {
@@ -351,7 +379,7 @@ CHANGES = {
     interpreter.ReduceOps: (_apply_impl,),
     interpreter.ScanOps: (_apply_impl,),
     Executor: (_init_args_hst, _restore_args_dev),
-    interpreter: (_patch_lang, _patch_lang_tensor),
+    interpreter: (_patch_lang, _patch_lang_tensor, _get_np_dtype),
 }  # fmt: skip
 
 
@@ -367,4 +395,6 @@ def install() -> None:
         for function in functions:
             name = function.__name__ if hasattr(owner, function.__name__) else function.__name__[1:]
             setattr(owner, name, _around(function, getattr(owner, name, None)))
+    for kind, function in ((tl.core.block_type, _block_type), (tl.core.tensor, _tensor)):
+        kind.__init__ = _around(function, kind.__init__)
     Builder.exact_bfloat16 = True  # pyext refuses bfloat16 without it

@@ -25,8 +25,9 @@ KERNELS: dict[str, Callable[..., int]] = {
     r"attention_forward<\w+, RelativeTileOfBoth<(\d+), 1, (\d+), (\d+)>, \w+>": (
         lambda width, warps, columns: (3 * 16 * columns + columns * (16 * warps + columns) // warps) * width
     ),
-    r"attention_backward_keys<\w+, (\d+), \w+>": lambda width: 4 * 16 * 64 * width,
-    r"attention_backward_queries<\w+, (\d+), \w+, \w+>": lambda width: 3 * 16 * 64 * width,
+    r"attention_backward<\w+, BackwardTile<(\d+), (\d+), \d+, (\d+), \d+, \d+>, \w+, \w+>": (
+        lambda width, m, queries: 5 * 16 * m * queries * width
+    ),
     # With 48 distances of a warp's 16 rows, and 16 x 16 of columns and distances in three turns of the warps.
     r"attention_relative_keys<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
         lambda width, both: (4 * 16 * 32 + 3 * 16 * 16 + both * 2 * 16 * 48) * width

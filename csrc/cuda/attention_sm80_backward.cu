@@ -15,11 +15,18 @@
 namespace pyext {
 namespace {
 
+// Queries of one head, then of the next that shares the keys; of each the last ones first.
+struct Step {
+  int head, block;
+  bool all, first;  // whether these queries see all of the block's keys, and no key of a block of its chain before it
+};
+
 // A tile of keys by a step of queries. Of both, S and its like have rows of keys, 16 m of them for each warp; dQ has
-// rows of queries, and a warp has 16 query_m of them and a part of the features.
-template <int width_, int m, int warps_, int queries_, int query_m, int blocks_>
+// rows of queries, and a warp has 16 query_m of them and a part of the features. unroll: steps of 16 features whose
+// fragments are in registers at once.
+template <int width_, int m, int warps_, int queries_, int query_m, int blocks_, int unroll_>
 struct BackwardTile {
-  static constexpr int width = width_, M = m, warps = warps_, threads = 32 * warps, blocks = blocks_;
+  static constexpr int width = width_, M = m, warps = warps_, threads = 32 * warps, blocks = blocks_, unroll = unroll_;
   static constexpr int keys = 16 * M * warps, queries = queries_, N = queries / 8;
   static constexpr int QM = query_m, row_warps = queries / (16 * QM), features = width / (warps / row_warps);
   static constexpr int QN = features / 8, part = queries * width;
@@ -28,9 +35,11 @@ struct BackwardTile {
 
   using Stage = QueryStageOf<keys, queries>;
   using Sums = DiagonalSums<warps, M, N, false>;
-  struct Shared {  // behind the tiles
+  struct Shared {  // behind the tiles; what registers would have to keep for a whole step is here, too
     Stage stages[2];
-    int ticket;
+    int* past;
+    float *parts, *slots;
+    int ticket, batch, kv_head, first_key;
   };
   static constexpr int shared_bytes(bool diagonals) {
     return 2 * (tile_elements<width>(2 * keys + 4 * queries) + tile_elements<queries>(keys)) + int(sizeof(Shared)) +
@@ -201,29 +210,24 @@ struct DiagonalsAhead {
   static constexpr int count = (Tile::Sums::entries + Tile::threads - 1) / Tile::threads;
   float before[count];
 
-  // f(n, the strip's entry) for each of this thread's. Rows of the tile are keys: to the right distances fall.
+  // f(n, entry of the tile, entry of the strip) for each of this thread's. Rows of the tile are keys: to the right
+  // distances fall.
   template <class F>
   static PYEXT_DEVICE void for_each(const AttentionProblem& p, int first_query, int first_key, F f) {
-    const int64_t last = strip_start(p, first_query, first_key) + Tile::keys;
+    const auto last = uint32_t(strip_start(p, first_query, first_key) + Tile::keys);
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      const int i = n * Tile::threads + threadIdx.x;
-      if (i < Tile::Sums::entries && 0 <= last - i && last - i < p.q_len + p.k_len - 1) f(n, i, last - i);
+      const uint32_t i = n * Tile::threads + threadIdx.x, at = last - i;  // past 0 it is larger than any length
+      if (i < Tile::Sums::entries && at < uint32_t(p.q_len + p.k_len - 1)) f(n, int(i), at);
     }
   }
   PYEXT_DEVICE void read(const float* strip, const AttentionProblem& p, int first_query, int first_key) {
-    for_each(p, first_query, first_key, [&](int n, int, int64_t at) { before[n] = strip[at]; });
+    for_each(p, first_query, first_key, [&](int n, int, uint32_t at) { before[n] = strip[at]; });
   }
   PYEXT_DEVICE void add(float* strip, const typename Tile::Sums& sums, const AttentionProblem& p, int first_query,
                         int first_key) const {
-    for_each(p, first_query, first_key, [&](int n, int i, int64_t at) { strip[at] = before[n] + sums.of(i); });
+    for_each(p, first_query, first_key, [&](int n, int i, uint32_t at) { strip[at] = before[n] + sums.of(i); });
   }
-};
-
-// Queries of one head, then of the next that shares the keys; of each the last ones first.
-struct Step {
-  int head, block;
-  bool all, first;  // whether these queries see all of the block's keys, and no key of a block of its chain before it
 };
 
 template <class T, class Tile, bool biased, bool diagonals>
@@ -246,9 +250,15 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const int key_block = int(within / pairs), pair = first_pair + int(within % pairs), first_key = key_block * kKeys;
   const int kv_head = pair % int(p.kv_heads), batch = pair / int(p.kv_heads);
   const int sharing = int(p.heads / p.kv_heads), heads_end = (kv_head + 1) * sharing;
-  int* const past = w.past + int64_t(pair) * w.key_blocks + key_block;
+  if (threadIdx.x == 0) {
+    other.batch = batch, other.kv_head = kv_head, other.first_key = first_key, other.past = w.past + int64_t(pair) * w.key_blocks + key_block;
+    other.parts = w.part(key_block % w.chains, p.batch * p.heads, batch * p.heads, 0, Tile::part);
+    if (diagonals)
+      other.slots = w.of.slots + (batch * p.heads * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
+  }
+  __syncthreads();
   const auto range = [&](int block) {  // at once: everybody waits for it
-    const int4 r = reinterpret_cast<const int4*>(w.ranges(batch))[block];
+    const int4 r = reinterpret_cast<const int4*>(w.ranges(other.batch))[block];
     return Range{r.x, r.y, r.z, r.w};
   };
   const auto after = [&](Step step) {
@@ -265,6 +275,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   QueriesAhead<Tile, biased> ahead;
   const auto load = [&](const Step& step, int n) {
     if (step.head < heads_end) {
+      const int64_t batch = other.batch;  // which registers need not keep
       const int64_t first = int64_t(step.block) * kQueries;
       const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + step.head * p.query.head;
       const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + step.head * p.grad_out.head;
@@ -283,27 +294,25 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   if (w.steps) next = settled(next, range(next.block));
   load(next, 0);
   ahead.store(other.stages[0], p, int64_t(next.block) * kQueries);
-
-  float* const parts = w.part(key_block % w.chains, p.batch * p.heads, batch * p.heads, 0, Tile::part);
-  const int64_t of_head = w.of.slot_count * w.of.strip_length;
-  float* const slots =
-      diagonals ? w.of.slots + batch * p.heads * of_head + key_block % w.of.slot_count * w.of.strip_length : nullptr;
   const int own = threadIdx.x / 32 * 16 * M, row = own + lane_row();
   const float scale = float(p.scale) * kLog2e;
-  const bool waits = threadIdx.x == 0, tells = threadIdx.x == Tile::threads - 32;  // of different warps
-  int done = 0;
+  const bool waits = threadIdx.x % 32 == 0 && threadIdx.x < (diagonals ? 64 : 32);
+  const bool tells = threadIdx.x == Tile::threads - 32;
+  const auto passed = [&](const Step& step) { return (step.head - heads_end + sharing + 1) * w.steps - step.block; };
   float grad_key[M][width / 8][4] = {}, grad_value[M][width / 8][4] = {};
-  for (int n = 0; next.head < heads_end; ++n) {
+  int told = 0;
+  for (int n = 0;; ++n) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    if (tells && n > 0) ptx::store_release(past, done);
+    if (next.head == heads_end) break;
+    if (tells && n > 0) ptx::store_release(other.past, told);
     const Step step = next;
     next = after(step);
     const Range seen = range(next.block);  // on its way
     const auto& stage = other.stages[n % 2];
 
     float p_t[M][N][4] = {};  // transposed: rows are keys
-    multiply_transposed<M, N>(p_t, keys, own, queries(n));
+    multiply_transposed<M, N, Tile::unroll>(p_t, keys, own, queries(n));
     next = settled(next, seen);
     load(next, n + 1);
     to_weights<biased>(p_t, scale, stage, row, first_key, step.all);
@@ -312,44 +321,45 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     multiply(grad_value, left, grads(n));
     ahead.store(other.stages[(n + 1) % 2], p, int64_t(next.block) * kQueries);
     float ds_t[M][N][4] = {};
-    multiply_transposed<M, N>(ds_t, values, own, grads(n));
+    multiply_transposed<M, N, Tile::unroll>(ds_t, values, own, grads(n));
     to_score_gradients(ds_t, p_t, stage);
     as_left<T>(left, ds_t);
     share(ds_shared, own, left);
     float nothing[2 * M][2];
     if (diagonals) sums.sum_warp(ds_t, nothing);
-    const int heads_before = step.head - heads_end + sharing;
-    done = (heads_before + 1) * w.steps - step.block;
-    if (waits && !step.first) ptx::wait_above(past - w.chains, done - 1);
-    if (waits && diagonals && key_block >= w.of.slot_count)
-      ptx::wait_above(past - w.of.slot_count, (heads_before + 1) * w.steps - 1);
+    told = passed(step);
+    if (waits) {  // one warp for the sum of dQ, the next one for the slot
+      const bool of_slot = threadIdx.x > 0;
+      const int before = of_slot ? int(w.of.slot_count) : w.chains;
+      if (of_slot ? key_block >= before : !step.first)
+        ptx::wait_above(other.past - before, (of_slot ? passed({step.head, 0}) : told) - 1);
+    }
     __syncthreads();  // all warps' dS is there, and the sums are this block's to add to
 
-    float* const part = parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
+    float* const part = other.parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
     QuerySum<Tile> grad_query;
     if (step.first)
       grad_query.clear();
     else
       grad_query.load(part);
     DiagonalsAhead<Tile> strip;
-    float* const slot = slots + step.head * of_head;
+    float* const slot = other.slots + step.head * w.of.slot_count * w.of.strip_length;
     if (diagonals) strip.read(slot, p, step.block * kQueries, first_key);
     multiply(grad_key, left, queries(n));
     grad_query.add(ds_shared, keys);
     grad_query.store(part);
     if (diagonals) strip.add(slot, sums, p, step.block * kQueries, first_key);
   }
-  ptx::cp_async_wait<0>();
-  __syncthreads();  // all have added
   if (tells) {
-    if (diagonals && key_block >= w.of.slot_count) ptx::wait_above(past - w.of.slot_count, INT32_MAX - 1);
-    ptx::store_release(past, INT32_MAX);
+    if (diagonals && key_block >= w.of.slot_count) ptx::wait_above(other.past - w.of.slot_count, INT32_MAX - 1);
+    ptx::store_release(other.past, INT32_MAX);
   }
 
-  store_rows(static_cast<T*>(p.grad_key.data) + batch * p.grad_key.batch + kv_head * p.grad_key.head, p.grad_key.row,
-             first_key + own, p.k_len, p.head_dim, grad_key, RowFactors<M>(float(p.scale)).of);
-  store_rows(static_cast<T*>(p.grad_value.data) + batch * p.grad_value.batch + kv_head * p.grad_value.head,
-             p.grad_value.row, first_key + own, p.k_len, p.value_dim, grad_value, RowFactors<M>(1).of);
+  const int64_t b = other.batch, h = other.kv_head, first = other.first_key + own;
+  store_rows(static_cast<T*>(p.grad_key.data) + b * p.grad_key.batch + h * p.grad_key.head, p.grad_key.row,
+             first, p.k_len, p.head_dim, grad_key, RowFactors<M>(float(p.scale)).of);
+  store_rows(static_cast<T*>(p.grad_value.data) + b * p.grad_value.batch + h * p.grad_value.head, p.grad_value.row,
+             first, p.k_len, p.value_dim, grad_value, RowFactors<M>(1).of);
 }
 
 // --- dQ of the sums ---
@@ -386,9 +396,9 @@ __global__ void __launch_bounds__(Tile::threads)
 template <class F>
 int with_tile(const AttentionProblem& p, F f) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
-  if (width <= 64) return f(BackwardTile<64, 2, 4, 32, 1, 2>());
-  if (width <= 96) return f(BackwardTile<96, 1, 8, 64, 2, 1>());
-  if (width <= 128) return f(BackwardTile<128, 1, 8, 64, 2, 1>());
+  if (width <= 64) return f(BackwardTile<64, 2, 4, 32, 1, 2, 2>());
+  if (width <= 96) return f(BackwardTile<96, 1, 8, 64, 2, 1, 2>());
+  if (width <= 128) return f(BackwardTile<128, 1, 8, 64, 2, 1, 1>());
   return cudaErrorInvalidValue;
 }
 

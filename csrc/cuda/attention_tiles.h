@@ -46,10 +46,10 @@ PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, i
 // --- Products ---
 
 // sum += a b^T for 16 M rows of a from `a_row` on and the first 8 N rows of b, a tile or what else has rows.
-template <int M, int N, class T, int width, class Rows>
+template <int M, int N, int at_once = 2, class T, int width, class Rows>
 PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row, const Rows& b) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 2  // all at once, and the fragments of later steps would cost the registers of the sums
+#pragma unroll at_once  // all of them, and the fragments of later steps would cost the registers of the sums
   for (int k = 0; k < width; k += 16) {
     uint32_t left[M][4];
 #pragma unroll

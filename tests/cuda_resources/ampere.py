@@ -57,7 +57,7 @@ class Tile:
 def code(kernel: Kernel) -> list[tuple[Instruction, int]]:
     """Of a warp, per tile that no mask cuts."""
     tile = Tile.of(kernel)
-    every = per_tile(kernel.sass, tile.width, tile.columns * tile.width // 8 // (32 * tile.warps))
+    every = per_tile(kernel, tile.width, tile.columns * tile.width // 8 // (32 * tile.warps))
     full = {i.address for i in of_full_tiles([i for i, _ in every])}
     return [(i, times) for i, times in every if i.address in full]
 

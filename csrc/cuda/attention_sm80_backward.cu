@@ -47,6 +47,13 @@ struct BackwardTile {
   }
 };
 
+// On Blackwell the compiler needs more registers for itself: it is given dP in two halves.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kFewRegisters = true;
+#else
+constexpr bool kFewRegisters = false;
+#endif
+
 // --- The order of work ---
 
 // Sums of dQ, each by blocks of its own that wait for each other, if there are too few heads to fill a GPU; heads whose
@@ -251,7 +258,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const int kv_head = pair % int(p.kv_heads), batch = pair / int(p.kv_heads);
   const int sharing = int(p.heads / p.kv_heads), heads_end = (kv_head + 1) * sharing;
   if (threadIdx.x == 0) {
-    other.batch = batch, other.kv_head = kv_head, other.first_key = first_key, other.past = w.past + int64_t(pair) * w.key_blocks + key_block;
+    other.batch = batch, other.kv_head = kv_head, other.first_key = first_key,
+    other.past = w.past + int64_t(pair) * w.key_blocks + key_block;
     other.parts = w.part(key_block % w.chains, p.batch * p.heads, batch * p.heads, 0, Tile::part);
     if (diagonals)
       other.slots = w.of.slots + (batch * p.heads * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
@@ -313,15 +321,32 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
 
     float p_t[M][N][4] = {};  // transposed: rows are keys
     multiply_transposed<M, N, Tile::unroll>(p_t, keys, own, queries(n));
-    next = settled(next, seen);
-    load(next, n + 1);
     to_weights<biased>(p_t, scale, stage, row, first_key, step.all);
     uint32_t left[M][N / 2][4];
     as_left<T>(left, p_t);
+    next = settled(next, seen);
+    load(next, n + 1);
     multiply(grad_value, left, grads(n));
     ahead.store(other.stages[(n + 1) % 2], p, int64_t(next.block) * kQueries);
     float ds_t[M][N][4] = {};
-    multiply_transposed<M, N, Tile::unroll>(ds_t, values, own, grads(n));
+    if constexpr (kFewRegisters) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float part[M][N / 2][4] = {};
+        multiply_transposed<M, N / 2, Tile::unroll>(part, values, own,
+                                                    SharedTile<T, width>{grads(n).at(half * kQueries / 2, 0)});
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+          for (int j = 0; j < N / 2; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) ds_t[i][half * N / 2 + j][e] = part[i][j][e];
+          }
+        }
+      }
+    } else {
+      multiply_transposed<M, N, Tile::unroll>(ds_t, values, own, grads(n));
+    }
     to_score_gradients(ds_t, p_t, stage);
     as_left<T>(left, ds_t);
     share(ds_shared, own, left);
@@ -356,8 +381,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   }
 
   const int64_t b = other.batch, h = other.kv_head, first = other.first_key + own;
-  store_rows(static_cast<T*>(p.grad_key.data) + b * p.grad_key.batch + h * p.grad_key.head, p.grad_key.row,
-             first, p.k_len, p.head_dim, grad_key, RowFactors<M>(float(p.scale)).of);
+  store_rows(static_cast<T*>(p.grad_key.data) + b * p.grad_key.batch + h * p.grad_key.head, p.grad_key.row, first,
+             p.k_len, p.head_dim, grad_key, RowFactors<M>(float(p.scale)).of);
   store_rows(static_cast<T*>(p.grad_value.data) + b * p.grad_value.batch + h * p.grad_value.head, p.grad_value.row,
              first, p.k_len, p.value_dim, grad_value, RowFactors<M>(1).of);
 }

@@ -128,11 +128,16 @@ MUTANTS = [
         "",
         "plain",
     ),
-    _Backward("blocks do not wait for those before them", "ptx::wait_above(past - w.chains, done - 1);", ";", "slopes"),
-    _Backward("blocks wait for a step too few", "past - w.chains, done - 1", "past - w.chains, done - 2", "slopes"),
-    _Backward("blocks wait for those behind them", "past - w.chains, done", "past + w.chains, done", "slopes"),
-    _Backward("the last step is not told", "ptx::store_release(past, INT32_MAX);", ";", "slopes"),
-    _Backward("steps are told before all have added", "__syncthreads();  // all have added", "", "slopes"),
+    _Backward("blocks do not wait for those before them", "if (of_slot ? key_block >= before : !step.first)", "if (of_slot && key_block >= before)", "slopes"),
+    _Backward("blocks wait for a step too few", ": told) - 1", ": told) - 2", "slopes"),
+    _Backward("blocks wait for those behind them", "other.past - before, (of_slot", "other.past + before, (of_slot", "slopes"),
+    _Backward("the last step is not told", "ptx::store_release(other.past, INT32_MAX);", ";", "slopes"),
+    _Backward(
+        "steps are told before all have added",
+        "grad_query.store(part);\n",
+        "if (tells) ptx::store_release(other.past, told);\n    grad_query.store(part);\n",
+        "slopes",
+    ),
     _Backward("a sum begins with what was there", "if (step.first)", "if (false)", "plain"),
     _Backward(
         "a sum begins anew",
@@ -145,8 +150,8 @@ MUTANTS = [
     _Backward("counters not zeroed", "counters[at] = 0;", ";", "plain"),
     _Backward(
         "two blocks add to the same slot",
-        "ptx::wait_above(past - w.of.slot_count, (heads_before + 1) * w.steps - 1);",
-        ";",
+        "if (of_slot ? key_block >= before : !step.first)",
+        "if (!of_slot && !step.first)",
         "slopes",
     ),
     _Backward(

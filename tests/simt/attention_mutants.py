@@ -128,9 +128,16 @@ MUTANTS = [
         "",
         "plain",
     ),
-    _Backward("blocks do not wait for those before them", "if (of_slot ? key_block >= before : !step.first)", "if (of_slot && key_block >= before)", "slopes"),
+    _Backward(
+        "blocks do not wait for those before them",
+        "if (of_slot ? key_block >= before : !step.first)",
+        "if (of_slot && key_block >= before)",
+        "slopes",
+    ),
     _Backward("blocks wait for a step too few", ": told) - 1", ": told) - 2", "slopes"),
-    _Backward("blocks wait for those behind them", "other.past - before, (of_slot", "other.past + before, (of_slot", "slopes"),
+    _Backward(
+        "blocks wait for those behind them", "other.past - before, (of_slot", "other.past + before, (of_slot", "slopes"
+    ),
     _Backward("the last step is not told", "ptx::store_release(other.past, INT32_MAX);", ";", "slopes"),
     _Backward(
         "steps are told before all have added",
@@ -180,7 +187,7 @@ MUTANTS = [
     _Backward("diagonals of lower rows to the right", "(upper ? -bit : bit)", "bit", "diagonal"),
     _Backward("diagonals of the neighbouring octet", "+ e >= g ? block", "+ e > g ? block", "diagonal"),
     _Backward("a tile's diagonals replace the others'", "= before[n] + sums.of(i)", "= sums.of(i)", "diagonal"),
-    _Backward("diagonals past the strip", " && last - i < p.q_len + p.k_len - 1", "", "diagonal"),
+    _Backward("diagonals past the strip", " && at < uint32_t(p.q_len + p.k_len - 1)", "", "diagonal"),
     _Backward("slots not zeroed", "if (at < slot_entries) slots[at] = 0;", "", "diagonal"),
     _Backward(
         "one head of those that share a strip", "i < (strip + 1) * sharing", "i < strip * sharing + 1", "one strip"

@@ -87,7 +87,10 @@ _CUTS = {
     ),
     "attention_sm80_backward": (
         ("return of_type(bf16());", _REFUSED),
-        *((f"if (width <= {n}) return f(BackwardTile<{n}, 1, 8, 64, 2, 1, {m}>());", "") for n, m in ((96, 2), (128, 1))),
+        *(
+            (f"if (width <= {n}) return f(BackwardTile<{n}, 1, 8, 64, 2, 1, {m}>());", "")
+            for n, m in ((96, 2), (128, 1))
+        ),
     ),
     "attention_sm80_relative_backward": (
         ("return of_type(bf16());", _REFUSED),

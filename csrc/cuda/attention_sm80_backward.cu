@@ -38,7 +38,7 @@ struct BackwardTile {
   struct Shared {  // behind the tiles; what registers would have to keep for a whole step is here, too
     Stage stages[2];
     int* past;
-    float *parts, *slots;
+    int64_t parts, slots;  // where they begin; not addresses, which would not be known to be global ones
     int ticket, batch, kv_head, first_key;
   };
   static constexpr int shared_bytes(bool diagonals) {
@@ -260,9 +260,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   if (threadIdx.x == 0) {
     other.batch = batch, other.kv_head = kv_head, other.first_key = first_key,
     other.past = w.past + int64_t(pair) * w.key_blocks + key_block;
-    other.parts = w.part(key_block % w.chains, p.batch * p.heads, batch * p.heads, 0, Tile::part);
-    if (diagonals)
-      other.slots = w.of.slots + (batch * p.heads * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
+    other.parts = w.part(key_block % w.chains, p.batch * p.heads, batch * p.heads, 0, Tile::part) - w.parts;
+    if (diagonals) other.slots = (batch * p.heads * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
   }
   __syncthreads();
   const auto range = [&](int block) {  // at once: everybody waits for it
@@ -361,14 +360,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     }
     __syncthreads();  // all warps' dS is there, and the sums are this block's to add to
 
-    float* const part = other.parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
+    float* const part = w.parts + other.parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
     QuerySum<Tile> grad_query;
     if (step.first)
       grad_query.clear();
     else
       grad_query.load(part);
     DiagonalsAhead<Tile> strip;
-    float* const slot = other.slots + step.head * w.of.slot_count * w.of.strip_length;
+    float* const slot = w.of.slots + other.slots + step.head * w.of.slot_count * w.of.strip_length;
     if (diagonals) strip.read(slot, p, step.block * kQueries, first_key);
     multiply(grad_key, left, queries(n));
     grad_query.add(ds_shared, keys);

@@ -357,6 +357,49 @@ def test_adapters(order):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [None, "flat", "last row"])
+@pytest.mark.parametrize("priority", [False, True], ids=["in order", "by priority"])
+@pytest.mark.parametrize("before", [False, True], ids=["normalised after dropping", "before"])
+@pytest.mark.parametrize("capacity", ["eval", None, 4, 64])
+def test_nllb_router(capacity, before, priority, masked):
+    """What it routes, with which gates, and their gradient."""
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+
+    made = transformers.NllbMoeConfig(
+        d_model=16, num_experts=5, router_dtype="float32", expert_capacity=4 if capacity == 4 else 64,
+        normalize_router_prob_before_dropping=before, batch_prioritized_routing=priority,
+        moe_eval_capacity_token_fraction=0.2,
+    )  # fmt: skip
+    router = NllbMoeTop2Router(made).train(capacity != "eval")
+    if capacity is None:
+        router.expert_capacity = None  # that of the first call
+    torch.nn.init.normal_(router.classifier.weight)
+    both, count = torch.nn.ModuleList([router, copy.deepcopy(router)]), 33
+    assert ("mixture of experts", "NllbMoeTop2Router") in ours.patch(both[0]).replaced
+    hidden = torch.rand(count) < 0.3
+    mask = {None: None, "flat": hidden, "last row": hidden.float().expand(1, 1, 7, count)}[masked]
+    x, weight = torch.randn(count, 16), torch.randn(count, 5)
+    results = []
+    for net in both:
+        first, gates, logits = net(x, mask)
+        gradient = torch.autograd.grad(gates, net.classifier.weight, weight)[0]
+        results.append((first, gates, logits, gradient, torch.tensor(net.expert_capacity)))
+    for got, wanted in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(results[0][1] > 0, results[1][1] > 0)
+    empty = [net(x[:0])[1] for net in both]
+    assert empty[0].shape == empty[1].shape == (0, 5)
+
+
+@pytest.mark.parametrize("policy", ["sampling", "random"])
+def test_nllb_router_that_draws_is_left(policy):
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
+
+    router = NllbMoeTop2Router(transformers.NllbMoeConfig(d_model=16, num_experts=5, second_expert_policy=policy))
+    ((part, kind, why),) = ours.patch(router).left
+    assert kind == "NllbMoeTop2Router" and repr(policy) in why
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
     model = llama().train()

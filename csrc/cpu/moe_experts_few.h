@@ -53,14 +53,17 @@ struct FewRows {
     const bool as_is = C::pair == 2 || dtype == kWide<T>;
     const int64_t depth = ceil_div(features, C::pair), size = C::pair * element_size(dtype);
     const int64_t together = min_of(block, kKept / max_of<int64_t>(1, min_of(depth, kStretch)) / kTile * kTile);
-    const int64_t asks = ceil_div(count, kHeight) * (together / kTile) * max_of<int64_t>(1, ceil_div(depth, kSegment));
+    const int64_t groups = ceil_div(count, kHeight);  // of rows, as even as can be: short ones cost more a row
+    const int64_t asks = groups * (together / kTile) * max_of<int64_t>(1, ceil_div(depth, kSegment));
     for (int64_t r = 0; r < rows; r += together) {
       const int64_t end = min_of(r + together, rows);
       Ahead next{weights + end * row_bytes, ceil_div(ceil_div(together * row_bytes, 64), asks)};
       for (int64_t k = 0; k == 0 || k < depth; k += kStretch) {
         const Part part{weights + k * size, row_bytes, k, min_of(kStretch, depth - k)};
-        for (int64_t m = 0; m < count; m += kHeight)
-          as_is ? rows_of<true>(part, r, end, m, to, next) : rows_of<false>(part, r, end, m, to, next);
+        for (int64_t m = 0, height, left = groups; left > 0; m += height, --left) {
+          height = ceil_div(count - m, left);
+          as_is ? rows_of<true>(part, r, end, m, height, to, next) : rows_of<false>(part, r, end, m, height, to, next);
+        }
       }
     }
   }
@@ -81,13 +84,13 @@ struct FewRows {
     const char* weights;
     int64_t row_bytes, k, steps;
   };
+  // Sums of `height` rows from row m on with rows [r, end) of the weights.
   template <bool as_is, int most = kHeight>
-  void rows_of(const Part& part, int64_t r, int64_t end, int64_t m, Products& to, Ahead& next) const {
+  void rows_of(const Part& part, int64_t r, int64_t end, int64_t m, int64_t height, Products& to, Ahead& next) const {
     if constexpr (most > 1)
-      if (count - m < most) return rows_of<as_is, most - 1>(part, r, end, m, to, next);
+      if (height < most) return rows_of<as_is, most - 1>(part, r, end, m, height, to, next);
     tiles<most, as_is>(part, r, end, m, to, next);
   }
-  // Sums of `most` rows from row m on with rows [r, end) of the weights.
   template <int most, bool as_is>
   INLINE void tiles(const Part& part, int64_t r, int64_t end, int64_t m, Products& to, Ahead& next) const {
     const T* x = left + m * width + part.k;

@@ -1,6 +1,7 @@
 """Gated feed-forward layers and mixtures of experts of Transformers' models."""
 
 import importlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -237,11 +238,47 @@ def _nllb_layer(self, hidden_states, padding_mask=None):
     return self._pyext_original.forward(self, hidden_states, padding_mask)
 
 
-def nllb(module: nn.Module, cls: type) -> dict[str, Callable] | None:
-    """The methods of NLLB's mixture of experts and of the layer around it; the router, a few sums, stays."""
-    if cls.__name__ == "NllbMoeExperts" and module.num_experts > 1:
+def _nllb_route(self, router_logits, input_dtype=torch.float32, padding_mask=None):
+    """`NllbMoeTop2Router.route_tokens` where both experts are always wanted, by probabilities that are not rounded."""
+    tokens, experts = router_logits.shape
+    if not self.training and self.moe_eval_capacity_token_fraction > 0:
+        self.expert_capacity = math.ceil(self.moe_eval_capacity_token_fraction * tokens)
+    elif self.expert_capacity is None:
+        self.expert_capacity = 2 * math.ceil(tokens / experts)
+    if tokens == 0 or self.expert_capacity == 0:
+        return self._pyext_original.route_tokens(self, router_logits, input_dtype, padding_mask)
+    routed = None
+    if padding_mask is not None and not self.router_ignore_padding_tokens:
+        if padding_mask.dim() == 4:
+            padding_mask = padding_mask[:, :, -1, :].reshape(-1)[-tokens:]
+        routed = ~padding_mask.bool()
+    before = self.normalize_router_prob_before_dropping
+    routing = _moe.route(
+        router_logits, 2, renormalize=before, capacity_factor=self.expert_capacity * experts / (2 * tokens),
+        batch_priority=self.batch_prioritized_routing, token_mask=routed,
+    )  # fmt: skip
+    weights = routing.weights
+    if not before:
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(input_dtype).eps)
+    index = routing.expert_index.long() % (experts + 1)  # -1, no expert, is a column of its own
+    first = nn.functional.one_hot(index[:, 0], experts + 1)[:, :experts]
+    gates = weights.new_zeros(tokens, experts + 1).scatter(1, index, weights)[:, :experts]
+    return first, gates.to(input_dtype)
+
+
+def nllb(module: nn.Module, cls: type) -> dict[str, Callable] | str | None:
+    """The methods of NLLB's mixture of experts: its router, its experts and the layer around them."""
+    if cls.__name__ == "NllbMoeSparseMLP":
+        return {"forward": _nllb_layer}
+    if cls.__name__ not in ("NllbMoeExperts", "NllbMoeTop2Router"):
+        return None
+    if module.num_experts == 1:
+        return "one expert twice"
+    if cls.__name__ == "NllbMoeExperts":
         return {"forward": _nllb_experts}
-    return {"forward": _nllb_layer} if cls.__name__ == "NllbMoeSparseMLP" else None
+    if module.second_expert_policy != "all":
+        return f"second_expert_policy={module.second_expert_policy!r}: its chance is not GShard's"
+    return {"route_tokens": _nllb_route}
 
 
 def _bloom_gelu(self, x):

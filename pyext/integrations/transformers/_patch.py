@@ -53,8 +53,8 @@ def patch(model: nn.Module) -> Report:
 
     Attention goes through `attn_implementation="pyext"` where the model asks the registry, experts likewise; layers
     that ask none are replaced: the attention of DeBERTa, XLNet, XLM, BLOOM, GPT, GPT-J, GPT-Neo, Falcon and ImageGPT,
-    T5's position bias (and its relatives'), rotary embeddings, gated feed-forward layers, Switch's experts and router;
-    on CPUs where torch's matrix products are slow, linear layers in fp32.
+    T5's position bias (and its relatives'), rotary embeddings, gated feed-forward layers, experts and routers of Switch
+    and NLLB; on CPUs where torch's matrix products are slow, linear layers in fp32.
     Parameters, their names and the state_dict stay as they are; attention weights are not returned.
 
     Args:

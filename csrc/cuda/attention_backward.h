@@ -31,59 +31,73 @@ __global__ void __launch_bounds__(kThreads, 1)
   lse[at] = p.lse[at] == -double(INFINITY) ? 0.0f : float(p.lse[at] / kLn2);
 }
 
-__global__ void __launch_bounds__(kStepRows)
+// A block of threads per `rows` queries.
+template <int rows>
+using RowsSeen = Visible < rows<kLanes ? kLanes : rows, rows>;
+template <int rows>
+__global__ void __launch_bounds__(rows < kLanes ? kLanes : rows)
     attention_prepare_ranges(const __grid_constant__ AttentionProblem p, Range* ranges) {
-  using Seen = Visible<kStepRows, kStepRows>;
-  PYEXT_SHARED(Seen, seen);
-  const int64_t blocks = ceil_div(p.q_len, kStepRows);
-  const Range range = find_visible(p, blockIdx.x / blocks, blockIdx.x % blocks * kStepRows, *seen);
+  PYEXT_SHARED(RowsSeen<rows>, seen);
+  const int64_t blocks = ceil_div(p.q_len, rows);
+  const Range range = find_visible(p, blockIdx.x / blocks, blockIdx.x % blocks * rows, *seen);
   if (threadIdx.x == 0) ranges[blockIdx.x] = range;
 }
 
 // --- Tiles of keys by queries: transposed, rows are keys ---
 
-// What a tile of queries brings besides its rows.
-struct QueryStage {
-  static constexpr int strip_entries = kBlockRows + kStepRows;
-  float strip[strip_entries], lse[kStepRows], delta[kStepRows];
-  Interval seen[kStepRows];
+// What a tile of queries brings besides its rows to a block of keys.
+template <int keys, int queries>
+struct QueryStageOf {
+  static constexpr int strip_entries = keys + queries;
+  float strip[strip_entries], lse[queries], delta[queries];
+  Interval seen[queries];
 };
+using QueryStage = QueryStageOf<kBlockRows, kStepRows>;
 
 // Products become weights. `row`: the lane's first one of the block of keys that begins at `first_key`; all: whether
 // every query sees all of them.
-template <bool biased>
-PYEXT_DEVICE void to_weights(float (&p_t)[1][kN][4], float scale, const QueryStage& stage, int row, int first_key,
-                             bool all) {
+template <bool biased, int M, int N, class Stage>
+PYEXT_DEVICE void to_weights(float (&p_t)[M][N][4], float scale, const Stage& stage, int row, int first_key, bool all) {
 #pragma unroll
-  for (int j = 0; j < kN; ++j) {
+  for (int i = 0; i < M; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int query = 8 * j + lane_column() + e % 2, at = row + e / 2 * 8;
-      float& x = p_t[0][j][e];
-      const float s = biased ? fmaf(x, scale, stage.strip[at - query + kStepRows - 1]) : x * scale;
-      x = ptx::exp2_approx(s - stage.lse[query]);
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int query = 8 * j + lane_column() + e % 2, at = row + 16 * i + e / 2 * 8;
+        float& x = p_t[i][j][e];
+        const float s = biased ? fmaf(x, scale, stage.strip[at - query + 8 * N - 1]) : x * scale;
+        x = ptx::exp2_approx(s - stage.lse[query]);
+      }
     }
   }
   if (all) return;  // in a loop of its own, that a branch skips
 #pragma unroll
-  for (int j = 0; j < kN; ++j) {
+  for (int i = 0; i < M; ++i) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const Interval seen = stage.seen[8 * j + lane_column() + e];
-      const int key = first_key + row - seen.begin, length = seen.end - seen.begin;
-      p_t[0][j][e] = unsigned(key) < unsigned(length) ? p_t[0][j][e] : 0;
-      p_t[0][j][e + 2] = unsigned(key + 8) < unsigned(length) ? p_t[0][j][e + 2] : 0;
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const Interval seen = stage.seen[8 * j + lane_column() + e];
+        const int key = first_key + row + 16 * i - seen.begin, length = seen.end - seen.begin;
+        p_t[i][j][e] = unsigned(key) < unsigned(length) ? p_t[i][j][e] : 0;
+        p_t[i][j][e + 2] = unsigned(key + 8) < unsigned(length) ? p_t[i][j][e + 2] : 0;
+      }
     }
   }
 }
 
 // dP becomes dS = P (dP - delta).
-PYEXT_DEVICE void to_score_gradients(float (&ds_t)[1][kN][4], const float (&p_t)[1][kN][4], const QueryStage& stage) {
+template <int M, int N, class Stage>
+PYEXT_DEVICE void to_score_gradients(float (&ds_t)[M][N][4], const float (&p_t)[M][N][4], const Stage& stage) {
 #pragma unroll
-  for (int j = 0; j < kN; ++j) {
+  for (int i = 0; i < M; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      ds_t[0][j][e] = p_t[0][j][e] * (ds_t[0][j][e] - stage.delta[8 * j + lane_column() + e % 2]);
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        ds_t[i][j][e] = p_t[i][j][e] * (ds_t[i][j][e] - stage.delta[8 * j + lane_column() + e % 2]);
+    }
   }
 }
 
@@ -93,48 +107,56 @@ struct QueryTile {
   static constexpr int M = 1, N = kN, columns = kStepRows, rows = kBlockRows, strip = rows + columns;
 };
 
-// Sums of tiles of dS along their diagonals. A warp's 16 rows have diagonals in octets: lane (g, t) holds, of each 8 x
-// 8 block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every
-// octet. The last two octets of a tile are the first two of the next one, to its right: their terms are carried there.
-struct Diagonals {
-  static constexpr int half = kN / 2, quarter = (half + 1) / 2, eighth = (quarter + 1) / 2;
-  static constexpr int entries = kBlockRows + kStepRows - 16, floats = kWarps * kStepRows;
-  float* sums;  // (warps, octets, 8 diagonals), of a warp the first at distance -16 from its corner
+// Sums of tiles of 16 M rows for each of `warps` and 8 N columns along their diagonals. A warp's rows have diagonals in
+// octets: lane (g, t) holds, of each 8 x 8 block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and
+// 2 t + 1 - g of it: on the same two of every octet. Carrying, tiles come from left to right without a gap, and the
+// octets of a tile that are the first ones of the next one are carried there.
+template <int warps, int M, int N, bool carries>
+struct DiagonalSums {
+  static constexpr int carried_octets = 2 * M, octets = carries ? N : N + carried_octets, of_warp = 8 * octets;
+  static constexpr int half = (octets + 1) / 2, quarter = (half + 1) / 2, eighth = (quarter + 1) / 2;
+  static constexpr int entries = 16 * M * (warps - 1) + of_warp, floats = warps * of_warp;
+  float* sums;  // (warps, octets, 8 diagonals), of a warp the first at distance -16 M from its corner
 
-  PYEXT_DEVICE explicit Diagonals(float* shared) : sums(shared) {}
+  PYEXT_DEVICE explicit DiagonalSums(float* shared) : sums(shared) {}
 
-  PYEXT_DEVICE void sum_warp(const float (&ds)[1][kN][4], float (&carried)[2][2]) const {
+  PYEXT_DEVICE void sum_warp(const float (&ds)[M][N][4], float (&carried)[carried_octets][2]) const {
     const int g = lane_row();
-    // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, both halves of the rows added.
+    // The 8 x 8 block that is d blocks to the right of the diagonal of blocks, summed over the octets of rows.
     const auto block = [&](int d, int e) {
-      return (d >= 0 && d < kN ? ds[0][d][e] : 0.0f) + (d >= -1 && d < kN - 1 ? ds[0][d + 1][2 + e] : 0.0f);
-    };
-    float terms[kN][2], of_half[half][2], of_quarter[quarter][2], own[eighth][2];
+      float sum = d >= 0 && d < N ? ds[0][d][e] : 0.0f;
 #pragma unroll
-    for (int o = 0; o < kN + 2; ++o) {
+      for (int h = 1; h < 2 * M; ++h)
+        if (d >= -h && d < N - h) sum += ds[h / 2][d + h][h % 2 * 2 + e];
+      return sum;
+    };
+    float terms[octets][2], of_half[half][2], of_quarter[quarter][2], own[eighth][2];
+#pragma unroll
+    for (int o = 0; o < N + carried_octets; ++o) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float term = lane_column() + e >= g ? block(o - 2, e) : block(o - 1, e);
-        if (o < kN)
-          terms[o][e] = o < 2 ? term + carried[o][e] : term;
+        const float term = lane_column() + e >= g ? block(o - 2 * M, e) : block(o - 2 * M + 1, e);
+        if (o < octets)
+          terms[o][e] = carries && o < carried_octets ? term + carried[o][e] : term;
         else
-          carried[o - kN][e] = term;
+          carried[o - octets][e] = term;
       }
     }
     halve<1>(of_half, terms), halve<2>(of_quarter, of_half), halve<4>(own, of_quarter);
-    float* const to = sums + threadIdx.x / 32 * kStepRows + (g & 1) * half * 8;
+    float* const to = sums + threadIdx.x / 32 * of_warp + (g & 1) * half * 8;
 #pragma unroll
     for (int k = 0; k < eighth; ++k) {
       const int in_quarter = (g >> 2) * eighth + k, in_half = (g >> 1 & 1) * quarter + in_quarter;
-      if (in_quarter >= quarter) continue;  // fewer than eight octets
+      if (in_quarter >= quarter || in_half >= half) continue;  // no power of two
+      if ((g & 1) * half + in_half >= octets) continue;
 #pragma unroll
       for (int e = 0; e < 2; ++e) to[8 * in_half + (lane_column() + e - g & 7)] = own[k][e];
     }
   }
 
   // After the last tile: what it carries, as a tile to its right.
-  PYEXT_DEVICE void finish_warp(float (&carried)[2][2]) const {
-    const float nothing[1][kN][4] = {};
+  PYEXT_DEVICE void finish_warp(float (&carried)[carried_octets][2]) const {
+    const float nothing[M][N][4] = {};
     sum_warp(nothing, carried);
   }
 
@@ -143,20 +165,11 @@ struct Diagonals {
   PYEXT_DEVICE float of(int i) const {
     float sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const int at = i - kBlockRows + 16 * (warp + 1);
-      if (0 <= at && at < kStepRows) sum += sums[warp * kStepRows + at];
+    for (int warp = 0; warp < warps; ++warp) {
+      const int at = i - 16 * M * (warps - 1 - warp);
+      if (0 <= at && at < of_warp) sum += sums[warp * of_warp + at];
     }
     return sum;
-  }
-  static PYEXT_DEVICE int64_t start(const AttentionProblem& p, int64_t first_query, int64_t first_key) {
-    return strip_start(p, first_query + kBlockRows, first_key);
-  }
-
-  // Adds all entries to a strip in global memory that nobody else adds to; entry 0 at `start` of the strip.
-  PYEXT_DEVICE void add_to(float* strip, int64_t length, int64_t start) const {
-    const int i = threadIdx.x;
-    if (i < entries && start + i >= 0 && start + i < length) strip[start + i] += of(i);
   }
 
  private:
@@ -181,24 +194,32 @@ struct Diagonals {
   }
 };
 
+struct Diagonals : DiagonalSums<kWarps, 1, kN, true> {
+  using DiagonalSums::DiagonalSums;
+  // Where in a strip the entries of a tile begin whose rows are queries.
+  static PYEXT_DEVICE int64_t start(const AttentionProblem& p, int64_t first_query, int64_t first_key) {
+    return strip_start(p, first_query + kBlockRows, first_key);
+  }
+};
+
 // --- Launchers ---
 
 AttentionWorkspace workspace_of(const AttentionProblem& p, void* base) {
   return AttentionWorkspace(p, base, true, ceil_div(p.q_len, kStepRows), ceil_div(p.q_len, kBlockRows));
 }
 
-template <class T>
+template <class T, int rows = kStepRows>
 int prepare(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   if (const int error = expand_strips(p, w, stream)) return error;
   const int64_t blocks = ceil_div(p.batch * p.heads * p.q_len, kWarps);
-  const int64_t ranges = ceil_div(p.q_len, kStepRows) * p.batch;
+  const int64_t ranges = ceil_div(p.q_len, rows) * p.batch;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX || ranges > INT32_MAX) return cudaErrorInvalidValue;
   const int error =
       ptx::launch(attention_prepare_queries<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, w.delta, w.lse);
   if (error) return error;
-  return ptx::launch(attention_prepare_ranges, dim3(unsigned(ranges)), dim3(kStepRows),
-                     sizeof(Visible<kStepRows, kStepRows>), stream, p, reinterpret_cast<Range*>(w.ranges));
+  return ptx::launch(attention_prepare_ranges<rows>, dim3(unsigned(ranges)), dim3(rows < kLanes ? kLanes : rows),
+                     sizeof(RowsSeen<rows>), stream, p, reinterpret_cast<Range*>(w.ranges));
 }
 
 }  // namespace

@@ -1,283 +1,475 @@
-// Attention backward for sm_80 and later, deterministic: no atomics, and every sum in a fixed order. One kernel has a
-// block of keys and goes over the queries that see them (dK, dV), another has a block of queries and goes over their
-// keys (dQ, and the sums of dS along diagonals, which are the bias's gradient). Both compute S and dP again.
+// Attention backward for sm_80 and later, in five products: a block has a tile of keys and goes over the queries that
+// see them. dK and dV stay in its registers; its part of dQ it adds to an fp32 sum in global memory, after the blocks
+// of the keys before its own. So every sum is in a fixed order, without atomics.
 //
 //   P = exp2(S - lse), dP = dO V^T, dS = P (dP - delta), delta = <dO, O> - dLSE
 //   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
-// Source: Dao, "FlashAttention-2" (2023), algorithm 2, with its loops apart.
+// Source: Dao, "FlashAttention-2" (2023), algorithm 2.
+//
+// Who waits for whom: blocks take their work from a counter, and wait for none but blocks that took theirs before. All
+// those are running or done, so that whoever is in front never waits, however blocks are scheduled. Work is handed out
+// by keys, the first ones first, of several heads in turn; all go from the last queries to the first ones. Blocks of
+// neighbouring keys are then one step apart, and under a causal mask those with most to do begin.
 #include "attention_backward.h"
 
 namespace pyext {
 namespace {
 
-// --- dK and dV ---
+// Queries of one head, then of the next that shares the keys; of each the last ones first.
+struct Step {
+  int head, block;
+  bool all, first;  // whether these queries see all of the block's keys, and no key of a block of its chain before it
+};
 
-template <int width>
-constexpr int key_shared_bytes() {
-  return 2 * tile_elements<width>(2 * kBlockRows + 4 * kStepRows) + 2 * int(sizeof(QueryStage));
-}
+// A tile of keys by a step of queries. Of both, S and its like have rows of keys, 16 m of them for each warp; dQ has
+// rows of queries, and a warp has 16 query_m of them and a part of the features. unroll: steps of 16 features whose
+// fragments are in registers at once.
+template <int width_, int m, int warps_, int queries_, int query_m, int blocks_, int unroll_>
+struct BackwardTile {
+  static constexpr int width = width_, M = m, warps = warps_, threads = 32 * warps, blocks = blocks_, unroll = unroll_;
+  static constexpr int keys = 16 * M * warps, queries = queries_, N = queries / 8;
+  static constexpr int QM = query_m, row_warps = queries / (16 * QM), features = width / (warps / row_warps);
+  static constexpr int QN = features / 8, part = queries * width;
+  static_assert(warps % row_warps == 0 && QN * 8 * (warps / row_warps) == width && keys % 32 == 0, "all of dQ");
+  static_assert(queries <= threads, "a thread per query");
 
-// What a step needs besides its tiles, of kStepRows queries: read early, stored late.
-template <bool biased>
-struct QueriesAhead {
-  StripAhead<kThreads, QueryStage::strip_entries> strip;
-  float lse = 0, delta = 0;
-
-  PYEXT_DEVICE void store(QueryStage& stage, const AttentionProblem& p, int64_t batch, int64_t first) const {
-    if (biased) strip.store(stage.strip);
-    if (threadIdx.x >= kStepRows) return;
-    stage.lse[threadIdx.x] = lse, stage.delta[threadIdx.x] = delta;
-    stage.seen[threadIdx.x] = visible(p, batch, first + threadIdx.x);
+  using Stage = QueryStageOf<keys, queries>;
+  using Sums = DiagonalSums<warps, M, N, false>;
+  struct Shared {  // behind the tiles; what registers would have to keep for a whole step is here, too
+    Stage stages[2];
+    int* past;
+    int64_t parts, slots;  // where they begin; not addresses, which would not be known to be global ones
+    int ticket, batch, kv_head, first_key;
+  };
+  static constexpr int shared_bytes(bool diagonals) {
+    return 2 * (tile_elements<width>(2 * keys + 4 * queries) + tile_elements<queries>(keys)) + int(sizeof(Shared)) +
+           (diagonals ? int(sizeof(float)) * Sums::floats : 0);
   }
 };
 
-template <class T, int width, bool biased>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_keys(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
-                            const float* delta, const float* lse, const Range* ranges) {
-  using Ahead = QueriesAhead<biased>;
-  PYEXT_SHARED(T, shared);
-  const SharedTile<T, width> keys{shared}, values{keys.at(kBlockRows, 0)};
-  const auto queries = [&](int n) { return SharedTile<T, width>{keys.at(2 * kBlockRows + n % 2 * kStepRows, 0)}; };
-  const auto grads = [&](int n) { return SharedTile<T, width>{keys.at(2 * kBlockRows + (2 + n % 2) * kStepRows, 0)}; };
-  auto* const stages = reinterpret_cast<QueryStage*>(keys.at(2 * kBlockRows + 4 * kStepRows, 0));
+// On Blackwell the compiler needs more registers for itself: it is given dP in two halves.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kFewRegisters = true;
+#else
+constexpr bool kFewRegisters = false;
+#endif
 
-  const int key_blocks = int(ceil_div(p.k_len, kBlockRows)), kv_heads = int(p.kv_heads);
-  const int first_key = blockIdx.x % key_blocks * kBlockRows, pair = blockIdx.x / key_blocks;
-  const int kv_head = pair % kv_heads, batch = pair / kv_heads;
-  const int query_blocks = int(ceil_div(p.q_len, kStepRows)), sharing = int(p.heads / p.kv_heads);
-  const int heads_end = (kv_head + 1) * sharing;
+// --- The order of work ---
+
+// Sums of dQ, each by blocks of its own that wait for each other, if there are too few heads to fill a GPU; heads whose
+// blocks take turns. Both: so many that few blocks at a time work at the same sum.
+constexpr int64_t kChains = 16;
+
+struct BackwardWork {
+  AttentionWorkspace of;
+  int key_blocks, steps, chains, together;
+  // Of every block of keys, (batch, kv_heads, key_blocks): the steps it is past, see `Step`; and work taken so far.
+  int *past = nullptr, *taken = nullptr;
+  float* parts = nullptr;  // dQ: (chains, batch, heads, steps), of each a tile as threads hold it
+
+  template <class Tile>
+  BackwardWork(const AttentionProblem& p, void* base, Tile)
+      : of(p, base, true, ceil_div(p.q_len, Tile::queries), ceil_div(p.k_len, Tile::keys)),
+        key_blocks(int(ceil_div(p.k_len, Tile::keys))),
+        steps(int(ceil_div(p.q_len, Tile::queries))) {
+    const int64_t heads = p.batch * p.heads, pairs = p.batch * p.kv_heads;
+    chains = int(max_of(1, min_of(key_blocks, kChains / max_of(1, heads))));
+    together = int(max_of(kChains, of.slot_count ? ceil_div(kStrips * pairs, of.slot_count * max_of(1, heads)) : 0));
+    of.take(base, past, pairs * key_blocks), of.take(base, taken, 1);
+    of.take(base, parts, chains * heads * steps * Tile::part);
+  }
+  __host__ __device__ const Range* ranges(int64_t batch) const {
+    return reinterpret_cast<const Range*>(of.ranges) + batch * steps;
+  }
+  __host__ __device__ float* part(int64_t chain, int64_t heads, int64_t head, int64_t step, int64_t size) const {
+    return parts + ((chain * heads + head) * steps + step) * size;
+  }
+};
+
+// Zeros that blocks begin with.
+__global__ void __launch_bounds__(256)
+    attention_backward_clear(int* counters, int64_t count, float* slots, int64_t slot_entries) {
+  const int64_t at = blockIdx.x * int64_t(256) + threadIdx.x;
+  if (at < count) counters[at] = 0;
+  if (at < slot_entries) slots[at] = 0;
+}
+
+// --- Keys by queries ---
+
+// What a step needs besides its tiles: read early, stored late.
+template <class Tile, bool biased>
+struct QueriesAhead {
+  StripAhead<Tile::threads, Tile::Stage::strip_entries> strip;
+  float lse = 0, delta = 0;
+  Interval seen{};
+
+  PYEXT_DEVICE void read(const AttentionProblem& p, const AttentionWorkspace& w, int64_t batch, int64_t head,
+                         int64_t first, int64_t first_key) {
+    if (biased)
+      strip.read(w.strips + (p.diag_heads == 1 ? 0 : head * w.strip_length), w.strip_length,
+                 strip_start(p, first + Tile::queries - 1, first_key));
+    if (threadIdx.x >= Tile::queries) return;
+    const int64_t row = first + threadIdx.x, at = (batch * p.heads + head) * p.q_len + row;
+    lse = row < p.q_len ? w.lse[at] : 0.0f, delta = row < p.q_len ? w.delta[at] : 0.0f;
+    seen = given(p, batch, row);
+  }
+  PYEXT_DEVICE void store(typename Tile::Stage& stage, const AttentionProblem& p, int64_t first) const {
+    if (biased) strip.store(stage.strip);
+    if (threadIdx.x >= Tile::queries) return;
+    stage.lse[threadIdx.x] = lse, stage.delta[threadIdx.x] = delta;
+    stage.seen[threadIdx.x] = visible(p, first + threadIdx.x, seen);
+  }
+};
+
+// The sum of dQ so far, as this thread holds it of a step's tile; it goes there again with the block's part in it.
+template <class Tile>
+struct QuerySum {
+  float of[Tile::QM][Tile::QN][4];
+
+  static PYEXT_DEVICE float4* at(float* part, int i, int j) {
+    return reinterpret_cast<float4*>(part) + (i * Tile::QN + j) * Tile::threads + threadIdx.x;
+  }
+  PYEXT_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < Tile::QM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::QN; ++j) of[i][j][0] = of[i][j][1] = of[i][j][2] = of[i][j][3] = 0;
+    }
+  }
+  PYEXT_DEVICE void load(float* part) {
+#pragma unroll
+    for (int i = 0; i < Tile::QM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::QN; ++j) {
+        const float4 x = *at(part, i, j);
+        of[i][j][0] = x.x, of[i][j][1] = x.y, of[i][j][2] = x.z, of[i][j][3] = x.w;
+      }
+    }
+  }
+  PYEXT_DEVICE void store(float* part) const {
+#pragma unroll
+    for (int i = 0; i < Tile::QM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::QN; ++j) *at(part, i, j) = {of[i][j][0], of[i][j][1], of[i][j][2], of[i][j][3]};
+    }
+  }
+
+  static PYEXT_DEVICE int row() { return threadIdx.x / 32 % Tile::row_warps * 16 * Tile::QM; }
+  static PYEXT_DEVICE int column() { return threadIdx.x / 32 / Tile::row_warps * Tile::features; }
+
+  // Adds dS K. ds_t has rows of keys.
+  template <class T>
+  PYEXT_DEVICE void add(const SharedTile<T, Tile::queries>& ds_t, const SharedTile<T, Tile::width>& keys) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < Tile::keys; k += 32) {
+      uint32_t left[2][Tile::QM][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < Tile::QM; ++i)
+          ptx::ldmatrix_transposed(
+              left[half][i], ds_t.at(k + 16 * half + lane / 16 * 8 + lane % 8, row() + 16 * i + lane / 8 % 2 * 8));
+      }
+#pragma unroll
+      for (int j = 0; j < Tile::QN; ++j) {
+        uint32_t right[4];
+        ptx::ldmatrix_transposed(right, keys.at(k + lane, column() + 8 * j));
+#pragma unroll
+        for (int i = 0; i < Tile::QM; ++i) {
+          ptx::mma<T>(of[i][j], left[0][i], {right[0], right[1]});
+          ptx::mma<T>(of[i][j], left[1][i], {right[2], right[3]});
+        }
+      }
+    }
+  }
+};
+
+// dS^T of this warp's keys, for all warps.
+template <class T, int queries, int M, int N>
+PYEXT_DEVICE void share(const SharedTile<T, queries>& ds_t, int own, const uint32_t (&left)[M][N][4]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int key = own + 16 * i + lane_row() + e % 2 * 8, query = 16 * j + lane_column() + e / 2 * 8;
+        *reinterpret_cast<uint32_t*>(ds_t.at(key, query)) = left[i][j][e];
+      }
+    }
+  }
+}
+
+// The same factor for all rows of a lane.
+template <int M>
+struct RowFactors {
+  float of[M][2];
+  PYEXT_DEVICE explicit RowFactors(float factor) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) of[i][0] = of[i][1] = factor;
+  }
+};
+
+// The sums of a tile along diagonals, on their way to a strip in global memory that nobody else adds to meanwhile.
+template <class Tile>
+struct DiagonalsAhead {
+  static constexpr int count = (Tile::Sums::entries + Tile::threads - 1) / Tile::threads;
+  float before[count];
+
+  // f(n, entry of the tile, entry of the strip) for each of this thread's. Rows of the tile are keys: to the right
+  // distances fall.
+  template <class F>
+  static PYEXT_DEVICE void for_each(const AttentionProblem& p, int first_query, int first_key, F f) {
+    const auto last = uint32_t(strip_start(p, first_query, first_key) + Tile::keys);
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+      const uint32_t i = n * Tile::threads + threadIdx.x, at = last - i;  // past 0 it is larger than any length
+      if (i < Tile::Sums::entries && at < uint32_t(p.q_len + p.k_len - 1)) f(n, int(i), at);
+    }
+  }
+  PYEXT_DEVICE void read(const float* strip, const AttentionProblem& p, int first_query, int first_key) {
+    for_each(p, first_query, first_key, [&](int n, int, uint32_t at) { before[n] = strip[at]; });
+  }
+  PYEXT_DEVICE void add(float* strip, const typename Tile::Sums& sums, const AttentionProblem& p, int first_query,
+                        int first_key) const {
+    for_each(p, first_query, first_key, [&](int n, int i, uint32_t at) { strip[at] = before[n] + sums.of(i); });
+  }
+};
+
+template <class T, class Tile, bool biased, bool diagonals>
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
+    attention_backward(const __grid_constant__ AttentionProblem p, const __grid_constant__ BackwardWork w) {
+  constexpr int width = Tile::width, M = Tile::M, N = Tile::N, kKeys = Tile::keys, kQueries = Tile::queries;
+  PYEXT_SHARED(T, shared);
+  const SharedTile<T, width> keys{shared}, values{keys.at(kKeys, 0)};
+  const auto queries = [&](int n) { return SharedTile<T, width>{keys.at(2 * kKeys + n % 2 * kQueries, 0)}; };
+  const auto grads = [&](int n) { return SharedTile<T, width>{keys.at(2 * kKeys + (2 + n % 2) * kQueries, 0)}; };
+  const SharedTile<T, kQueries> ds_shared{keys.at(2 * kKeys + 4 * kQueries, 0)};
+  auto& other = *reinterpret_cast<typename Tile::Shared*>(ds_shared.at(kKeys, 0));
+  const typename Tile::Sums sums(reinterpret_cast<float*>(&other + 1));
+
+  if (threadIdx.x == 0) other.ticket = atomicAdd(w.taken, 1);
+  __syncthreads();
+  const int64_t of_group = int64_t(w.together) * w.key_blocks, within = other.ticket % of_group;
+  const int first_pair = int(other.ticket / of_group) * w.together;
+  const int pairs = min(w.together, int(p.batch * p.kv_heads) - first_pair);
+  const int key_block = int(within / pairs), pair = first_pair + int(within % pairs), first_key = key_block * kKeys;
+  const int kv_head = pair % int(p.kv_heads), batch = pair / int(p.kv_heads);
+  const int sharing = int(p.heads / p.kv_heads), heads_end = (kv_head + 1) * sharing;
+  if (threadIdx.x == 0) {
+    other.batch = batch, other.kv_head = kv_head, other.first_key = first_key,
+    other.past = w.past + int64_t(pair) * w.key_blocks + key_block;
+    other.parts = w.part(key_block % w.chains, p.batch * p.heads, batch * p.heads, 0, Tile::part) - w.parts;
+    if (diagonals) other.slots = (batch * p.heads * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
+  }
+  __syncthreads();
   const auto range = [&](int block) {  // at once: everybody waits for it
-    const int4 r = reinterpret_cast<const int4*>(ranges)[int64_t(batch) * query_blocks + block];
+    const int4 r = reinterpret_cast<const int4*>(w.ranges(other.batch))[block];
     return Range{r.x, r.y, r.z, r.w};
   };
-
-  // The queries that see a key of this block: steps of one head, then of the next that shares the keys.
-  struct Step {
-    int head, block;
-  };
-  const auto settled = [&](Step step) {
-    for (; step.head < heads_end; ++step.head, step.block = 0)
-      for (; step.block < query_blocks; ++step.block)
-        if (range(step.block).meets(first_key, first_key + kBlockRows)) return step;
+  const auto after = [&](Step step) {
+    if (--step.block < 0) ++step.head, step.block = w.steps - 1;
     return step;
   };
-  Ahead ahead;
+  // The step, whose queries see `seen`, or the next one whose queries see a key of this block.
+  const auto settled = [&](Step step, Range seen) {
+    while (step.head < heads_end && !seen.meets(first_key, first_key + kKeys))
+      step = after(step), seen = range(step.block);
+    step.all = seen.covers(first_key, first_key + kKeys), step.first = key_block - w.chains < seen.begin / kKeys;
+    return step;
+  };
+  QueriesAhead<Tile, biased> ahead;
   const auto load = [&](const Step& step, int n) {
     if (step.head < heads_end) {
-      const int64_t first = int64_t(step.block) * kStepRows, row = first + threadIdx.x;
+      const int64_t batch = other.batch;  // which registers need not keep
+      const int64_t first = int64_t(step.block) * kQueries;
       const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + step.head * p.query.head;
       const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + step.head * p.grad_out.head;
-      load_tile<kThreads, kStepRows>(queries(n), query, p.query.row, first, p.q_len, p.head_dim);
-      load_tile<kThreads, kStepRows>(grads(n), grad, p.grad_out.row, first, p.q_len, p.value_dim);
-      if (biased)
-        ahead.strip.read(strips + (p.diag_heads == 1 ? 0 : step.head * strip_length), strip_length,
-                         strip_start(p, first + kStepRows - 1, first_key));
-      if (threadIdx.x < kStepRows) {
-        const int64_t at = (batch * p.heads + step.head) * p.q_len + row;
-        ahead.lse = row < p.q_len ? lse[at] : 0.0f, ahead.delta = row < p.q_len ? delta[at] : 0.0f;
-      }
+      load_tile<Tile::threads, kQueries>(queries(n), query, p.query.row, first, p.q_len, p.head_dim);
+      load_tile<Tile::threads, kQueries>(grads(n), grad, p.grad_out.row, first, p.q_len, p.value_dim);
+      ahead.read(p, w.of, batch, step.head, first, first_key);
     }
     ptx::cp_async_commit();
   };
 
   const T* key = static_cast<const T*>(p.key.data) + batch * p.key.batch + kv_head * p.key.head;
   const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
-  load_tile<kThreads, kBlockRows>(keys, key, p.key.row, first_key, p.k_len, p.head_dim);
-  load_tile<kThreads, kBlockRows>(values, value, p.value.row, first_key, p.k_len, p.value_dim);
-  Step step = settled({heads_end - sharing, 0});
-  load(step, 0);
-  ahead.store(stages[0], p, batch, int64_t(step.block) * kStepRows);
-
-  const int own = threadIdx.x / 32 * 16, row = own + lane_row();
+  load_tile<Tile::threads, kKeys>(keys, key, p.key.row, first_key, p.k_len, p.head_dim);
+  load_tile<Tile::threads, kKeys>(values, value, p.value.row, first_key, p.k_len, p.value_dim);
+  Step next{w.steps ? heads_end - sharing : heads_end, w.steps - 1};
+  if (w.steps) next = settled(next, range(next.block));
+  load(next, 0);
+  ahead.store(other.stages[0], p, int64_t(next.block) * kQueries);
+  const int own = threadIdx.x / 32 * 16 * M, row = own + lane_row();
   const float scale = float(p.scale) * kLog2e;
-  float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
-  for (int n = 0; step.head < heads_end; ++n) {
+  const bool waits = threadIdx.x % 32 == 0 && threadIdx.x < (diagonals ? 64 : 32);
+  const bool tells = threadIdx.x == Tile::threads - 32;
+  const auto passed = [&](const Step& step) { return (step.head - heads_end + sharing + 1) * w.steps - step.block; };
+  float grad_key[M][width / 8][4] = {}, grad_value[M][width / 8][4] = {};
+  int told = 0;
+  for (int n = 0;; ++n) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    const bool all = range(step.block).covers(first_key, first_key + kBlockRows);
-    step = settled({step.head, step.block + 1});
-    load(step, n + 1);
-    const QueryStage& stage = stages[n % 2];
+    if (next.head == heads_end) break;
+    if (tells && n > 0) ptx::store_release(other.past, told);
+    const Step step = next;
+    next = after(step);
+    const Range seen = range(next.block);  // on its way
+    const auto& stage = other.stages[n % 2];
 
-    float p_t[1][kN][4] = {};  // transposed: rows are keys
-    multiply_transposed<1, kN>(p_t, keys, own, queries(n));
-    ahead.store(stages[(n + 1) % 2], p, batch, int64_t(step.block) * kStepRows);
-    to_weights<biased>(p_t, scale, stage, row, first_key, all);
-    uint32_t left[1][kN / 2][4];
+    float p_t[M][N][4] = {};  // transposed: rows are keys
+    multiply_transposed<M, N, Tile::unroll>(p_t, keys, own, queries(n));
+    to_weights<biased>(p_t, scale, stage, row, first_key, step.all);
+    uint32_t left[M][N / 2][4];
     as_left<T>(left, p_t);
+    next = settled(next, seen);
+    load(next, n + 1);
     multiply(grad_value, left, grads(n));
-    float ds_t[1][kN][4] = {};
-    multiply_transposed<1, kN>(ds_t, values, own, grads(n));
+    ahead.store(other.stages[(n + 1) % 2], p, int64_t(next.block) * kQueries);
+    float ds_t[M][N][4] = {};
+    if constexpr (kFewRegisters) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float part[M][N / 2][4] = {};
+        multiply_transposed<M, N / 2, Tile::unroll>(part, values, own,
+                                                    SharedTile<T, width>{grads(n).at(half * kQueries / 2, 0)});
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+          for (int j = 0; j < N / 2; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) ds_t[i][half * N / 2 + j][e] = part[i][j][e];
+          }
+        }
+      }
+    } else {
+      multiply_transposed<M, N, Tile::unroll>(ds_t, values, own, grads(n));
+    }
     to_score_gradients(ds_t, p_t, stage);
     as_left<T>(left, ds_t);
+    share(ds_shared, own, left);
+    float nothing[2 * M][2];
+    if (diagonals) sums.sum_warp(ds_t, nothing);
+    told = passed(step);
+    if (waits) {  // one warp for the sum of dQ, the next one for the slot
+      const bool of_slot = threadIdx.x > 0;
+      const int before = of_slot ? int(w.of.slot_count) : w.chains;
+      if (of_slot ? key_block >= before : !step.first)
+        ptx::wait_above(other.past - before, (of_slot ? passed({step.head, 0}) : told) - 1);
+    }
+    __syncthreads();  // all warps' dS is there, and the sums are this block's to add to
+
+    float* const part = w.parts + other.parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
+    QuerySum<Tile> grad_query;
+    if (step.first)
+      grad_query.clear();
+    else
+      grad_query.load(part);
+    DiagonalsAhead<Tile> strip;
+    float* const slot = w.of.slots + other.slots + step.head * w.of.slot_count * w.of.strip_length;
+    if (diagonals) strip.read(slot, p, step.block * kQueries, first_key);
     multiply(grad_key, left, queries(n));
+    grad_query.add(ds_shared, keys);
+    grad_query.store(part);
+    if (diagonals) strip.add(slot, sums, p, step.block * kQueries, first_key);
   }
-  ptx::cp_async_wait<0>();
+  if (tells) {
+    if (diagonals && key_block >= w.of.slot_count) ptx::wait_above(other.past - w.of.slot_count, INT32_MAX - 1);
+    ptx::store_release(other.past, INT32_MAX);
+  }
 
-  const float scaled[1][2] = {{float(p.scale), float(p.scale)}}, plain[1][2] = {{1, 1}};
-  store_rows(static_cast<T*>(p.grad_key.data) + batch * p.grad_key.batch + kv_head * p.grad_key.head, p.grad_key.row,
-             first_key + own, p.k_len, p.head_dim, grad_key, scaled);
-  store_rows(static_cast<T*>(p.grad_value.data) + batch * p.grad_value.batch + kv_head * p.grad_value.head,
-             p.grad_value.row, first_key + own, p.k_len, p.value_dim, grad_value, plain);
+  const int64_t b = other.batch, h = other.kv_head, first = other.first_key + own;
+  store_rows(static_cast<T*>(p.grad_key.data) + b * p.grad_key.batch + h * p.grad_key.head, p.grad_key.row, first,
+             p.k_len, p.head_dim, grad_key, RowFactors<M>(float(p.scale)).of);
+  store_rows(static_cast<T*>(p.grad_value.data) + b * p.grad_value.batch + h * p.grad_value.head, p.grad_value.row,
+             first, p.k_len, p.value_dim, grad_value, RowFactors<M>(1).of);
 }
 
-// --- dQ, and the gradients of strips ---
+// --- dQ of the sums ---
 
-template <int width>
-constexpr int query_shared_bytes(bool diagonals) {
-  return 2 * tile_elements<width>(2 * kBlockRows + 4 * kStepRows) + int(sizeof(Visible<kThreads, kBlockRows>)) +
-         int(sizeof(float)) * (2 * QueryTile::strip + (diagonals ? Diagonals::floats : 0));
-}
-
-template <class T, int width, bool biased, bool diagonals>
-__global__ void __launch_bounds__(kThreads, 1)
-    attention_backward_queries(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length,
-                               const float* delta, const float* lse, float* slots) {
-  using Tile = QueryTile;
-  PYEXT_SHARED(T, shared);
-  const SharedTile<T, width> queries{shared}, grads{queries.at(kBlockRows, 0)};
-  const auto stage = [&](int n) { return SharedTile<T, width>{queries.at(2 * kBlockRows + n * kStepRows, 0)}; };
-  using Seen = Visible<kThreads, kBlockRows>;
-  Seen& seen = *reinterpret_cast<Seen*>(queries.at(2 * kBlockRows + 4 * kStepRows, 0));
-  float* const strip = reinterpret_cast<float*>(&seen + 1);
-  const Diagonals sums(strip + 2 * Tile::strip);
-
-  const int64_t blocks = ceil_div(p.q_len, kBlockRows), pairs = p.batch * p.heads, per_head = gridDim.x / pairs;
-  const int64_t slot = blockIdx.x % per_head, head = blockIdx.x / per_head % p.heads;
-  const int64_t batch = blockIdx.x / per_head / p.heads, kv_head = head / (p.heads / p.kv_heads);
-  const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + head * p.query.head;
-  const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + head * p.grad_out.head;
-  const T* key = static_cast<const T*>(p.key.data) + batch * p.key.batch + kv_head * p.key.head;
-  const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
-  if (biased) strips += p.diag_heads == 1 ? 0 : head * strip_length;
-  if (diagonals) {
-    slots += blockIdx.x * strip_length;
-    for (int64_t u = threadIdx.x; u < strip_length; u += kThreads) slots[u] = 0;
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::threads)
+    attention_backward_finish(const __grid_constant__ AttentionProblem p, const __grid_constant__ BackwardWork w) {
+  const int64_t step = blockIdx.x % w.steps, of_batch = blockIdx.x / w.steps;
+  const int64_t head = of_batch % p.heads, batch = of_batch / p.heads;
+  const Range seen = w.ranges(batch)[step];
+  const int begin = seen.begin / Tile::keys, end = int(ceil_div(seen.end, Tile::keys));
+  QuerySum<Tile> sum, part;
+  sum.clear();
+  for (int chain = 0; chain < w.chains; ++chain) {
+    if (begin + (chain - begin % w.chains + w.chains) % w.chains >= end) continue;  // nobody wrote it
+    part.load(w.part(chain, p.batch * p.heads, of_batch, step, Tile::part));
+#pragma unroll
+    for (int i = 0; i < Tile::QM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::QN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum.of[i][j][e] += part.of[i][j][e];
+      }
+    }
   }
-
-  // The last queries first: under a causal mask they have most to do.
-  for (int64_t block = blocks - 1 - slot; block >= 0; block -= per_head) {
-    const int64_t first = block * kBlockRows;
-    __syncthreads();  // all are done with what the block before left in shared memory
-    const Range range = find_visible(p, batch, first, seen);
-    const int begin = range.begin / kStepRows, end = range.end ? (range.end - 1) / kStepRows + 1 : begin;
-    StripAhead<kThreads, Tile::strip> ahead;
-    const auto load = [&](int tile) {
-      if (tile < end) {
-        const int64_t at = int64_t(tile) * kStepRows;
-        load_tile<kThreads, kStepRows>(stage(tile % 2), key, p.key.row, at, p.k_len, p.head_dim);
-        load_tile<kThreads, kStepRows>(stage(2 + tile % 2), value, p.value.row, at, p.k_len, p.value_dim);
-        if (biased) ahead.read(strips, strip_length, strip_start(p, first + kBlockRows - 1, at));
-      }
-      ptx::cp_async_commit();
-    };
-    load_tile<kThreads, kBlockRows>(queries, query, p.query.row, first, p.q_len, p.head_dim);
-    load_tile<kThreads, kBlockRows>(grads, grad, p.grad_out.row, first, p.q_len, p.value_dim);
-    load(begin);
-    if (biased) ahead.store(strip + begin % 2 * Tile::strip);
-
-    const int own = threadIdx.x / 32 * 16;
-    float row_lse[2], row_delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = first + own + lane_row() + 8 * half, at = (batch * p.heads + head) * p.q_len + row;
-      row_lse[half] = row < p.q_len ? lse[at] : 0.0f, row_delta[half] = row < p.q_len ? delta[at] : 0.0f;
-    }
-    float grad_query[1][width / 8][4] = {}, carried[2][2] = {};
-    for (int tile = begin; tile < end; ++tile) {
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-      load(tile + 1);
-      float s[1][kN][4] = {}, ds[1][kN][4] = {};
-      multiply_transposed<1, kN>(s, queries, own, stage(tile % 2));
-      if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
-      finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * kStepRows,
-                                  range.covers(tile * kStepRows, (tile + 1) * kStepRows));
-      multiply_transposed<1, kN>(ds, grads, own, stage(2 + tile % 2));
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          ds[0][j][e] = ptx::exp2_approx(s[0][j][e] - row_lse[e / 2]) * (ds[0][j][e] - row_delta[e / 2]);
-      }
-      if (diagonals) sums.sum_warp(ds, carried);
-      uint32_t left[1][kN / 2][4];
-      as_left<T>(left, ds);
-      multiply(grad_query, left, stage(tile % 2));
-      if (diagonals) {
-        __syncthreads();
-        sums.add_to(slots, strip_length, Diagonals::start(p, first, int64_t(tile) * kStepRows));
-      }
-    }
-    if (diagonals) {
-      __syncthreads();  // all have added the last tile's
-      sums.finish_warp(carried);
-      __syncthreads();
-      sums.add_to(slots, strip_length, Diagonals::start(p, first, int64_t(end) * kStepRows));
-    }
-    ptx::cp_async_wait<0>();
-    const float scaled[1][2] = {{float(p.scale), float(p.scale)}};
-    store_rows(static_cast<T*>(p.grad_query.data) + batch * p.grad_query.batch + head * p.grad_query.head,
-               p.grad_query.row, first + own, p.q_len, p.head_dim, grad_query, scaled);
-  }
+  T* const to = static_cast<T*>(p.grad_query.data) + batch * p.grad_query.batch + head * p.grad_query.head;
+  store_rows(to + sum.column(), p.grad_query.row, step * Tile::queries + sum.row(), p.q_len, p.head_dim - sum.column(),
+             sum.of, RowFactors<Tile::QM>(float(p.scale)).of);
 }
 
 // --- Launchers ---
 
-template <class T, int width, bool biased>
-int launch_keys(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(p.k_len, kBlockRows) * p.kv_heads * p.batch;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(attention_backward_keys<T, width, biased>, dim3(unsigned(blocks)), dim3(kThreads),
-                     key_shared_bytes<width>(), stream, p, w.strips, w.strip_length, w.delta, w.lse,
-                     reinterpret_cast<const Range*>(w.ranges));
-}
-
-template <class T, int width, bool biased, bool diagonals>
-int launch_queries(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
-  const int64_t blocks = (diagonals ? w.slot_count : ceil_div(p.q_len, kBlockRows)) * p.heads * p.batch;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(attention_backward_queries<T, width, biased, diagonals>, dim3(unsigned(blocks)), dim3(kThreads),
-                     query_shared_bytes<width>(diagonals), stream, p, w.strips, w.strip_length, w.delta, w.lse,
-                     w.slots);
-}
-
-template <class T, int width>
-int launch_backward(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
-  if (const int error = prepare<T>(p, w, stream)) return error;
-  if (!p.diag) {
-    if (const int error = launch_keys<T, width, false>(p, w, stream)) return error;
-    return launch_queries<T, width, false, false>(p, w, stream);
-  }
-  if (const int error = launch_keys<T, width, true>(p, w, stream)) return error;
-  if (!p.grad_diag) return launch_queries<T, width, true, false>(p, w, stream);
-  if (const int error = launch_queries<T, width, true, true>(p, w, stream)) return error;
-  return sum_strips(p, w, stream);
-}
-
-template <class T>
-int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
+// f(the tiles for the problem's features).
+template <class F>
+int with_tile(const AttentionProblem& p, F f) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
-  if (width <= 64) return launch_backward<T, 64>(p, w, stream);
-  if (width <= 96) return launch_backward<T, 96>(p, w, stream);
-  if (width <= 128) return launch_backward<T, 128>(p, w, stream);
+  if (width <= 64) return f(BackwardTile<64, 2, 4, 32, 1, 2, 2>());
+  if (width <= 96) return f(BackwardTile<96, 1, 8, 64, 2, 1, 2>());
+  if (width <= 128) return f(BackwardTile<128, 1, 8, 64, 2, 1, 1>());
   return cudaErrorInvalidValue;
+}
+
+template <class T, class Tile, bool biased, bool diagonals>
+int launch_tiles(const AttentionProblem& p, const BackwardWork& w, cudaStream_t stream) {
+  const int64_t pairs = p.batch * p.kv_heads, blocks = w.key_blocks * pairs, tiles = p.batch * p.heads * w.steps;
+  if (blocks > INT32_MAX || tiles > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t counters = w.taken - w.past + 1, slots = p.batch * p.heads * w.of.slot_count * w.of.strip_length;
+  if (const int error = ptx::launch(attention_backward_clear, dim3(unsigned(ceil_div(max_of(counters, slots), 256))),
+                                    dim3(256), 0, stream, w.past, counters, w.of.slots, slots))
+    return error;
+  if (blocks > 0) {
+    if (const int error = ptx::launch(attention_backward<T, Tile, biased, diagonals>, dim3(unsigned(blocks)),
+                                      dim3(Tile::threads), Tile::shared_bytes(diagonals), stream, p, w))
+      return error;
+  }
+  if (tiles == 0) return cudaSuccess;
+  return ptx::launch(attention_backward_finish<T, Tile>, dim3(unsigned(tiles)), dim3(Tile::threads), 0, stream, p, w);
+}
+
+template <class T, class Tile>
+int launch_backward(const AttentionProblem& p, Tile tile, cudaStream_t stream) {
+  const BackwardWork w(p, p.workspace, tile);
+  if (const int error = prepare<T, Tile::queries>(p, w.of, stream)) return error;
+  if (!p.diag) return launch_tiles<T, Tile, false, false>(p, w, stream);
+  if (!p.grad_diag) return launch_tiles<T, Tile, true, false>(p, w, stream);
+  if (const int error = launch_tiles<T, Tile, true, true>(p, w, stream)) return error;
+  return sum_strips(p, w.of, stream);
 }
 
 }  // namespace
 }  // namespace pyext
 
 extern "C" int64_t pyext_cuda_attention_backward_workspace(const pyext::AttentionProblem& p) {
-  return pyext::workspace_of(p, nullptr).bytes;
+  int64_t bytes = 0;
+  pyext::with_tile(p, [&](auto tile) {
+    bytes = pyext::BackwardWork(p, nullptr, tile).of.bytes;
+    return 0;
+  });
+  return bytes;
 }
 
 extern "C" int pyext_cuda_attention_backward(const pyext::AttentionProblem& p, void* stream) {
   using namespace pyext;
   const auto s = static_cast<cudaStream_t>(stream);
   if (p.rel_index || !fits_tiles(p, p.query, p.key, p.value, p.out, p.grad_out)) return cudaErrorInvalidValue;
-  const AttentionWorkspace w = workspace_of(p, p.workspace);
-  return with_half(p.dtype, [&](auto element) { return with_width<decltype(element)>(p, w, s); });
+  return with_half(p.dtype, [&](auto element) {
+    return with_tile(p, [&](auto tile) { return launch_backward<decltype(element)>(p, tile, s); });
+  });
 }

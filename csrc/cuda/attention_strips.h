@@ -37,11 +37,7 @@ struct AttentionWorkspace {
   AttentionWorkspace(const AttentionProblem& p, void* base, bool backward, int64_t ranges_per_batch = 0,
                      int64_t query_blocks = 0, int64_t margin = 0)
       : strip_margin(margin) {
-    auto take = [&](auto*& piece, int64_t count) {
-      using Element = std::remove_reference_t<decltype(*piece)>;
-      piece = base ? reinterpret_cast<Element*>(static_cast<char*>(base) + bytes) : nullptr;
-      bytes += ceil_div(count * int64_t(sizeof(Element)), 256) * 256;
-    };
+    const auto take = [&](auto*& piece, int64_t count) { this->take(base, piece, count); };
     if (p.diag) {
       strip_length = max_of(p.q_len + p.k_len - 1, 0);
       strip_pitch = margin ? ceil_div(strip_length + 2 * margin, 4) * 4 : strip_length;
@@ -54,6 +50,13 @@ struct AttentionWorkspace {
     if (!p.grad_diag) return;
     slot_count = max_of(1, min_of(query_blocks, kStrips / max_of(1, p.batch * p.heads)));
     take(slots, p.batch * p.heads * slot_count * strip_length), take(strip_gradients, p.diag_heads * strip_length);
+  }
+
+  // A piece behind those taken so far.
+  template <class Element>
+  void take(void* base, Element*& piece, int64_t count) {
+    piece = base ? reinterpret_cast<Element*>(static_cast<char*>(base) + bytes) : nullptr;
+    bytes += ceil_div(count * int64_t(sizeof(Element)), 256) * 256;
   }
 };
 

@@ -46,10 +46,10 @@ PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, i
 // --- Products ---
 
 // sum += a b^T for 16 M rows of a from `a_row` on and the first 8 N rows of b, a tile or what else has rows.
-template <int M, int N, class T, int width, class Rows>
+template <int M, int N, int at_once = 2, class T, int width, class Rows>
 PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T, width>& a, int a_row, const Rows& b) {
   const int lane = threadIdx.x % 32;
-#pragma unroll 2  // all at once, and the fragments of later steps would cost the registers of the sums
+#pragma unroll at_once  // all of them, and the fragments of later steps would cost the registers of the sums
   for (int k = 0; k < width; k += 16) {
     uint32_t left[M][4];
 #pragma unroll
@@ -153,15 +153,21 @@ struct Interval {
   PYEXT_DEVICE bool holds(int key) const { return begin <= key && key < end; }
 };
 
-PYEXT_DEVICE Interval visible(const AttentionProblem& p, int64_t batch, int64_t query) {
+// What the problem says of this query alone.
+PYEXT_DEVICE Interval given(const AttentionProblem& p, int64_t batch, int64_t query) {
+  if (!p.intervals || query >= p.q_len) return {0, INT32_MAX};
+  const int32_t* at = p.intervals + batch * p.intervals_batch + 2 * query;
+  return {at[0], at[1]};
+}
+PYEXT_DEVICE Interval visible(const AttentionProblem& p, int64_t query, const Interval& own) {
   if (query >= p.q_len) return {0, 0};
   const int64_t aligned = query + p.k_len - p.q_len;  // the key at distance 0
-  int64_t begin = max(aligned - p.left, int64_t(0)), end = min(aligned + p.right + 1, p.k_len);
-  if (p.intervals) {
-    const int32_t* at = p.intervals + batch * p.intervals_batch + 2 * query;
-    begin = max(begin, int64_t(at[0])), end = min(end, int64_t(at[1]));
-  }
+  const int64_t begin = max(max(aligned - p.left, int64_t(0)), int64_t(own.begin));
+  const int64_t end = min(min(aligned + p.right + 1, p.k_len), int64_t(own.end));
   return begin < end ? Interval{int(begin), int(end)} : Interval{0, 0};
+}
+PYEXT_DEVICE Interval visible(const AttentionProblem& p, int64_t batch, int64_t query) {
+  return visible(p, query, given(p, batch, query));
 }
 
 // The keys that some query of a tile sees, and those that all of them see.

@@ -157,6 +157,22 @@ PYEXT_DEVICE void store_vector(T* address, const Vector<T>& value) {
             *reinterpret_cast<uint4*>(address) = r);
 }
 
+// A counter in global memory that one thread of the grid sets, and that never falls. What others of its block did
+// before a barrier in front of store_release comes before what others of the waiting thread's block do after a barrier
+// behind wait_above, which waits until the counter is above `value`: of blocks that are running or will run without
+// this one.
+PYEXT_DEVICE void store_release(int* counter, int value) {
+  PYEXT_PTX(asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory"),
+            simt::store_release(counter, value));
+}
+PYEXT_DEVICE void wait_above(const int* counter, int value) {
+  int now;
+  do {
+    PYEXT_PTX(asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory"),
+              now = simt::acquire_above(counter, value));
+  } while (now <= value);
+}
+
 // --- Barriers and lanes ---
 
 // Barrier `id` (0 is __syncthreads) of `threads` threads, whole warps; arrive does not wait for the others.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,7 +31,8 @@ class Tile:
     rows: int
     columns: int
     bias: str
-    flops: int  # that count: two products forward, five backward, of which each of two kernels has its share
+    flops: int  # two products forward, five backward
+    moved: int  # bytes that come from L2 or go there
     shared: int  # bytes
 
     @classmethod
@@ -43,19 +43,21 @@ class Tile:
             tiles = TILES[width]
             shared = {"forward": tiles.forward, "relative": tiles.relative}.get(kind, tiles.relative_both)
             rows, bias = 16 * m * warps, "diagonal" if match[7] == "true" else ""
-            return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, shared)
-        which, width, *flags = re.search(r"_(keys|queries)<\w+, (\d+), (\w+)(?:, (\w+))?", kernel.name).groups()
-        gradient = flags[1] == "true"
-        shared = TILES[int(width)].strip_gradient if gradient else TILES[int(width)].backward
-        kind = "dK, dV" if which == "keys" else "dQ"
-        bias = "with gradient" if gradient else "diagonal" if flags[0] == "true" else ""
-        return cls(kind, int(width), 8, 128, 64, bias, 10 * 128 * 64 * int(width), shared)
+            moved = 4 * columns * width
+            return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, moved, shared)
+        match = re.search(r"_backward<\w+, BackwardTile<([\d, ]+)>, (\w+), (\w+)>", kernel.name)
+        width, m, warps, columns = map(int, match[1].split(", ")[:4])
+        gradient = match[3] == "true"
+        shared = TILES[width].strip_gradient if gradient else TILES[width].backward
+        bias = "with gradient" if gradient else "diagonal" if match[2] == "true" else ""
+        rows, moved = 16 * m * warps, (2 * 2 + 2 * 4) * columns * width  # Q and dO; the sum of dQ, forth and back
+        return cls("backward", width, warps, rows, columns, bias, 10 * rows * columns * width, moved, shared)
 
 
 def code(kernel: Kernel) -> list[tuple[Instruction, int]]:
     """Of a warp, per tile that no mask cuts."""
     tile = Tile.of(kernel)
-    every = per_tile(kernel.sass, tile.width, tile.columns * tile.width // 8 // (32 * tile.warps))
+    every = per_tile(kernel, tile.width, tile.columns * tile.width // 8 // (32 * tile.warps))
     full = {i.address for i in of_full_tiles([i for i, _ in every])}
     return [(i, times) for i, times in every if i.address in full]
 
@@ -64,7 +66,7 @@ def cycles(kernel: Kernel) -> dict[str, float]:
     tile, body = Tile.of(kernel), code(kernel)
     products = sum(times for i, times in body if i.name == "HMMA")
     units = A100.units(body, tile.warps, 2 * MULTIPLICATIONS * products * tile.warps, 0, 0)
-    return units | {"L2": 4 * tile.columns * tile.width / A100.l2_bytes}
+    return units | {"L2": tile.moved / A100.l2_bytes}
 
 
 # --- A warp by itself ---
@@ -75,11 +77,16 @@ _WIDE = {"HMMA": (4, 4, 2, 4)}  # registers of the operands
 def _registers(i: Instruction) -> tuple[set[int], set[int]]:
     """Written and read."""
     operands = i.text.partition(" ")[2].split(",")
+    wide = 4 if ".128" in i.text else 2 if ".64" in i.text.split(" ")[0] else 1  # of global memory
     found: list[set[int]] = []
     for n, operand in enumerate(operands):
         here = set()
         for match in re.finditer(r"\bR(\d+)(\.64)?", operand):
-            size = _WIDE[i.name][n] if i.name in _WIDE else 2 if match[2] else i.words if n == 0 and i.words else 1
+            size = _WIDE[i.name][n] if i.name in _WIDE else 2 if match[2] else 1
+            if n == 0 and (i.words or i.name == "LDG"):
+                size = i.words or wide
+            if n == 1 and i.name == "STG":
+                size = wide
             here |= set(range(int(match[1]), int(match[1]) + size))
         found.append(here)
     if i.name in ("STS", "LDGSTS", "BRA", "BAR", "ISETP", "FSETP", "STG"):
@@ -161,26 +168,16 @@ def _speed(flops: float, cycles: float) -> list:
     return [bound, bound * EFFICIENCY, f"{bound * EFFICIENCY / A100.peak:.0%}"]
 
 
-def of_forward() -> Iterator[list]:
-    for p in predictions("attention_sm80"):
+def of(stem: str) -> Iterator[list]:
+    for p in predictions(stem):
         yield [*_cells(p), *_speed(p.tile.flops, p.cycles)]
-
-
-def of_backward() -> Iterator[list]:
-    """The speed is that of both kernels together."""
-    every = {(p.tile.kind, p.tile.width, p.tile.bias): p for p in predictions("attention_sm80_backward")}
-    for width, bias in itertools.product((64, 96, 128), ("", "with gradient")):
-        keys, queries = every["dK, dV", width, "diagonal" if bias else ""], every["dQ", width, bias]
-        yield [*_cells(keys), "", "", ""]
-        yield [*_cells(queries), *_speed(queries.tile.flops, keys.cycles + queries.cycles)]
 
 
 def main() -> None:
     titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit")
     speeds = ("at most", "predicted", "of peak")
-    print("\n".join(table((*titles, *speeds), of_forward())))
-    print()
-    print("\n".join(table((*titles, *speeds), of_backward())))
+    for stem in ("attention_sm80", "attention_sm80_backward"):
+        print("\n".join([*table((*titles, *speeds), of(stem)), ""]))
 
 
 if __name__ == "__main__":

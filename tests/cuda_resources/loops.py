@@ -1,7 +1,7 @@
 """The loops over tiles of attention's kernels for sm_80 and later, and their matrix products against the arithmetic.
 
 A kernel goes over tiles in the loop that holds most of its HMMA; within it, the products that sum over the features of
-a row are loops of their own, two steps of 16 features at a time (attention_tiles.h), and run features / 32 times.
+a row are loops of their own, two steps of 16 features at a time (attention_tiles.h) or as many as a kernel's name says.
 Copies, which a thread makes 16 bytes at a time, are loops, too.
 """
 
@@ -25,8 +25,9 @@ KERNELS: dict[str, Callable[..., int]] = {
     r"attention_forward<\w+, RelativeTileOfBoth<(\d+), 1, (\d+), (\d+)>, \w+>": (
         lambda width, warps, columns: (3 * 16 * columns + columns * (16 * warps + columns) // warps) * width
     ),
-    r"attention_backward_keys<\w+, (\d+), \w+>": lambda width: 4 * 16 * 64 * width,
-    r"attention_backward_queries<\w+, (\d+), \w+, \w+>": lambda width: 3 * 16 * 64 * width,
+    r"attention_backward<\w+, BackwardTile<(\d+), (\d+), \d+, (\d+), \d+, \d+, \d+>, \w+, \w+>": (
+        lambda width, m, queries: 5 * 16 * m * queries * width
+    ),
     # With 48 distances of a warp's 16 rows, and 16 x 16 of columns and distances in three turns of the warps.
     r"attention_relative_keys<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
         lambda width, both: (4 * 16 * 32 + 3 * 16 * 16 + both * 2 * 16 * 48) * width
@@ -44,18 +45,20 @@ def complaint(kernel: Kernel) -> str | None:
         if match := re.fullmatch(pattern, kernel.name):
             sizes = [group == "true" if group in ("true", "false") else int(group) for group in match.groups()]
             wanted = multiplications(*sizes) // MULTIPLICATIONS
-            found = sum(times for i, times in per_tile(kernel.sass, width=sizes[0]) if i.name == "HMMA")
+            found = sum(times for i, times in per_tile(kernel, width=sizes[0]) if i.name == "HMMA")
             if re.search(r"\b(LDL|STL)\b", kernel.sass):
                 return f"{kernel.name}: accesses to local memory"
             return None if found == wanted else f"{kernel.name}: {found} HMMA per tile, the arithmetic needs {wanted}"
     return None
 
 
-def per_tile(sass: str, width: int, copies: int = 1) -> list[tuple[Instruction, int]]:
+def per_tile(kernel: Kernel, width: int, copies: int = 1) -> list[tuple[Instruction, int]]:
     """The instructions of the loop over tiles, and how often each of them runs. copies: 16 bytes by each thread, for
     the rows of one tile."""
-    body, inner = _loop(sass)
-    times = [(loop, width // 32 if count(loop, "HMMA") else copies if count(loop, "LDGSTS") else 1) for loop in inner]
+    body, inner = _loop(kernel.sass)
+    at_once = re.search(r"BackwardTile<.*, (\d+)>,", kernel.name)  # steps of 16 features of an iteration
+    products = width // 16 // (int(at_once[1]) if at_once else 2)
+    times = [(loop, products if count(loop, "HMMA") else copies if count(loop, "LDGSTS") else 1) for loop in inner]
     often = {i.address: n for loop, n in times for i in loop}
     return [(i, often.get(i.address, 1)) for i in body]
 

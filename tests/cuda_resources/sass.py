@@ -24,9 +24,9 @@ class Instruction:
 
     @property
     def words(self) -> int:
-        """Of 32 bits that a thread reads or writes in shared memory; 0 for what does not go there."""
-        if self.name in ("LDS", "STS", "SHFL", "LDSM", "STSM", "LDGSTS"):
-            wide = re.search(r"\.(128|64)\b|\.M88\.([24])\b", self.text)
+        """Of 32 bits that a thread reads or writes in shared memory; 0 for what does not go there, or never runs."""
+        if self.name in ("LDS", "STS", "SHFL", "LDSM", "STSM", "LDGSTS") and "RZ, [RZ]" not in self.text:
+            wide = re.search(r"\.(128|64)\b|\.MT?88\.([24])\b", self.text)
             return 1 if wide is None else int(wide[1]) // 32 if wide[1] else int(wide[2])
         return 0
 

@@ -83,6 +83,10 @@ enum class Access { read, write, atomic };
 // Reports an access that a wrapper makes on behalf of the running thread; caller: where, for the message.
 void check_access(const void* address, size_t bytes, Access kind, const void* caller);
 
+// Counters that blocks wait for: memory.cpp. Blocks run one after the other, so what is not set by now never will be.
+void store_release(int* counter, int value);
+int acquire_above(const int* counter, int value);
+
 // --- Asynchronous copies, mbarriers, TMA: asynchronous.cpp ---
 
 uint32_t shared_address(const void* pointer);  // as instructions take it

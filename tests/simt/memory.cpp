@@ -6,8 +6,10 @@
 #include <link.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 
 #include "machine.h"
 
@@ -75,10 +77,26 @@ std::string name_of(const Moment& moment) {
 
 // --- Races ---
 
+// What store_release tells: of each block, what came before.
+using Told = std::map<uint32_t, Clock>;
+std::map<const int*, std::map<int, std::shared_ptr<const Told>>> told;  // by counter and value
+// What the running block's threads were told, and at which step of which thread: whoever knows of that knows it, too.
+struct Heard {
+  int thread;
+  uint32_t step;
+  std::shared_ptr<const Told> what;
+};
+std::vector<Heard> heard;
+std::vector<Thread*> waiting_for_counters;
+
 bool came_before(const Moment& moment, const Actor& actor) {
   if (moment.thread < 0) return true;
-  if (moment.block != machine.block_number) return false;
-  return actor.knowledge->knows(moment.thread, moment.step);
+  if (moment.block == machine.block_number) return actor.knowledge->knows(moment.thread, moment.step);
+  return std::any_of(heard.rbegin(), heard.rend(), [&](const Heard& one) {
+    const auto found = one.what->find(moment.block);
+    return found != one.what->end() && static_cast<size_t>(moment.thread) < found->second.size() &&
+           moment.step <= found->second[moment.thread] && actor.knowledge->knows(one.thread, one.step);
+  });
 }
 
 void check_order_of_readers(Byte& byte, const Shadow& shadow, const Place& place, const Actor& actor) {
@@ -89,13 +107,16 @@ void check_order_of_readers(Byte& byte, const Shadow& shadow, const Place& place
   if (!byte.readers) return;
   const Clock& clock = shadow.clocks[byte.readers - 1];
   for (int thread = 0; thread < static_cast<int>(clock.size()); ++thread) {
-    const Moment reader{machine.block_number, clock[thread], clock[thread] ? thread : -1};
+    const Moment reader{byte.read.block, clock[thread], clock[thread] ? thread : -1};
     if (!came_before(reader, actor)) fail_race(what, place, actor, reader, byte.read_caller);
   }
 }
 
 void remember_reader(Byte& byte, Shadow& shadow, const Actor& actor) {
-  if (!came_before(byte.read, actor)) {
+  if (byte.read.thread >= 0 && byte.read.block != machine.block_number && byte.readers) {
+    byte.other_blocks_read = true;  // of several of them, this actor may know some
+    byte.readers = 0;
+  } else if (!came_before(byte.read, actor)) {
     if (byte.read.block != machine.block_number) {
       byte.other_blocks_read = true;
     } else {
@@ -259,6 +280,7 @@ size_t shared_offset(const void* address, size_t bytes) {
 }
 
 void start_memory_of_launch() {
+  told.clear();
   if (!machine.shared) machine.shared = static_cast<char*>(std::aligned_alloc(shared_alignment, shared_space));
   if (!machine.shared) std::abort();
   for (Buffer& buffer : buffers) {
@@ -273,10 +295,48 @@ void start_memory_of_launch() {
 }
 
 void start_memory_of_block() {
+  heard.clear();
+  waiting_for_counters.clear();
   std::memset(machine.shared, 0xFF, machine.shared_bytes);  // NaN in every float format
   if (!machine.checking()) return;
   shared_shadow.bytes.assign(machine.shared_bytes, Byte());
   shared_shadow.clocks.clear();
+}
+
+// --- Counters that blocks wait for ---
+
+void store_release(int* counter, int value) {
+  check_memory(acting(self(), __builtin_return_address(0)), counter, sizeof *counter, Access::atomic);
+  Thread& thread = self();
+  const auto all = std::make_shared<Told>();
+  (*all)[machine.block_number] = thread.knowledge.seen;
+  for (const Heard& one : heard) {
+    if (!thread.knowledge.knows(one.thread, one.step)) continue;
+    for (const auto& [block, clock] : *one.what) join((*all)[block], clock);
+  }
+  told[counter][value] = all;
+  *counter = value;
+  thread.next_step();
+  for (Thread* waiting : waiting_for_counters) wake(waiting);
+  waiting_for_counters.clear();
+}
+
+int acquire_above(const int* counter, int value) {
+  const void* caller = __builtin_return_address(0);
+  Thread& thread = self();
+  check_memory(acting(thread, caller), counter, sizeof *counter, Access::atomic);
+  while (*counter <= value) {
+    waiting_for_counters.push_back(&thread);
+    block("a counter that no block will set", caller);
+  }
+  // Of what it may see, the least: the first value that is high enough.
+  const auto first = told[counter].upper_bound(value);
+  if (first == told[counter].end()) return *counter;
+  const auto own = first->second->find(machine.block_number);
+  if (own != first->second->end()) join(thread.knowledge.seen, own->second);
+  thread.next_step();
+  heard.push_back({thread.linear, thread.step(), first->second});
+  return first->first;
 }
 
 std::string source_line(const void* caller) {

@@ -48,9 +48,9 @@ SMALL = {
         _ROUNDS[1],
     ),
     "attention_sm80_backward": (
-        ("kThreads = 256,", "kThreads = 64,"),
-        ("kStepRows = 64,", "kStepRows = 32,"),
+        ("BackwardTile<64, 2, 4, 32, 1, 2, 2>", "BackwardTile<64, 1, 2, 16, 1, 2, 2>"),
         ("kStrips = 512", "kStrips = 8"),
+        ("kChains = 16", "kChains = 4"),
         _ROUNDS[1],
     ),
     "attention_sm80_relative_backward": (
@@ -87,7 +87,10 @@ _CUTS = {
     ),
     "attention_sm80_backward": (
         ("return of_type(bf16());", _REFUSED),
-        *((_OTHER_WIDTHS(n, "launch_backward", n), "") for n in (96, 128)),
+        *(
+            (f"if (width <= {n}) return f(BackwardTile<{n}, 1, 8, 64, 2, 1, {m}>());", "")
+            for n, m in ((96, 2), (128, 1))
+        ),
     ),
     "attention_sm80_relative_backward": (
         ("return of_type(bf16());", _REFUSED),

@@ -80,6 +80,17 @@ __global__ void atomics_kernel(const uint32_t* in, uint32_t* out) {
   if (threadIdx.x == 78) atomicCAS(out + 5, 0u, x);
 }
 
+// Warps hand on a sum, the last one first: each adds its own lanes' numbers in global memory after the one before.
+__global__ void counters_kernel(const uint32_t* in, uint32_t* out) {
+  const int lane = threadIdx.x % 32, before = 3 - static_cast<int>(threadIdx.x) / 32;
+  int* const counter = reinterpret_cast<int*>(out + 32);
+  if (before > 0 && lane == 5) ptx::wait_above(counter, before - 1);
+  __syncwarp();
+  out[lane] += in[threadIdx.x] * static_cast<uint32_t>(2 * before + 1);
+  __syncwarp();
+  if (lane == 7) ptx::store_release(counter, before + 1);
+}
+
 // --- Barriers, cp.async, ldmatrix, mma ---
 
 // Warps hand a number on in a circle; the last two warps only arrive where the first two wait.
@@ -157,6 +168,7 @@ void run_everywhere(Dump& dump, Random& random) {
   run("lanes", lanes_kernel, random_bits(random, threads), threads * lane_results, 0);
   run("conversions", conversions_kernel, random_numbers(random, threads), threads * conversion_results, 0);
   run("atomics", atomics_kernel, random_bits(random, threads), 6, 0);
+  run("counters", counters_kernel, random_bits(random, threads), 33, 0);
   run("barriers", barriers_kernel, random_bits(random, threads), threads, threads * 4);
   run("cp_async", cp_async_kernel, random_bits(random, threads * 8), threads * 8, threads * 32);
   run("ldmatrix", ldmatrix_kernel, random_bits(random, threads * 4), threads * 8, threads * 16);

@@ -4,6 +4,7 @@
 // band of relative rows, and its gradient, are GEMMs of the tile skewed by that.
 #pragma once
 #include "attention_backward.h"
+#include "attention_relative_rows.h"
 
 namespace pyext {
 namespace {
@@ -36,15 +37,6 @@ struct Pieces {
     return piece;
   }
 };
-
-template <class T>
-PYEXT_DEVICE const T* rows_of(const Input& t, int64_t batch, int64_t head) {
-  return static_cast<const T*>(t.data) + batch * t.batch + head * t.head;
-}
-template <class T>
-PYEXT_DEVICE T* rows_of(const Output& t, int64_t batch, int64_t head) {
-  return static_cast<T*>(t.data) + batch * t.batch + head * t.head;
-}
 
 template <class Tile>
 using RelativeSeen = Visible<Tile::threads, Tile::rows>;

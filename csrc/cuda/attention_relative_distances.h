@@ -131,7 +131,7 @@ struct ByDistance {
       for (int half = 0; half < 2; ++half)
         hide_unseen(biased[0], half, seen.of[own() + lane_row() + 8 * half], int(at));
     }
-    if (p.segment) segments.add_to(biased, p, batch, int(at));
+    if (p.segment) segments.add_to(biased[0], p, batch, int(at));
     multiply_transposed(ds, grads, own(), values(step));
     to_score_gradients(ds, biased, lse, delta);
     for_each(step, [&](int query, int distance, int key, int j, int e) {

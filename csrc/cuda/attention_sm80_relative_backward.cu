@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
     finish_scores<Tile, true>(s, float(p.scale) * kLog2e, strips + tile % Tile::stages * Tile::distances, seen.of,
                               first_key, range.covers(first_key, first_key + columns));
-    const uint32_t same = p.segment ? segments.add_to(s, p, batch, first_key) : 0;
+    const uint32_t same = p.segment ? segments.add_to(s[0], p, batch, first_key) : 0;
     multiply_transposed(ds, grads, own, values(tile));
     to_score_gradients(ds, s, lse, delta);
     if (p.grad_segment) {

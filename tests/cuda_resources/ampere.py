@@ -37,12 +37,15 @@ class Tile:
 
     @classmethod
     def of(cls, kernel: Kernel) -> Tile:
-        if match := re.search(r"(\w*)Tile(\w*)<(\d+), (\d+), (\d+), (\d+)(?:, \d+)?>, (\w+)", kernel.name):
-            width, m, warps, columns = map(int, match.groups()[2:6])
-            kind = {"Forward": "forward", "Relative": "relative"}[match[1]] + (", both" if match[2] else "")
-            tiles = TILES[width]
-            shared = {"forward": tiles.forward, "relative": tiles.relative}.get(kind, tiles.relative_both)
-            rows, bias = 16 * m * warps, "diagonal" if match[7] == "true" else ""
+        if match := re.search(r"(Forward|Relative)Tile<(\d+), (\d+), (\d+), ([\w, ]+)>, (\w+)", kernel.name):
+            width, m, warps = map(int, match.groups()[1:4])
+            rows, bias = 16 * m * warps, "diagonal" if match[6] == "true" else ""
+            if match[1] == "Forward":
+                kind, columns, shared = "forward", int(match[5].split(",")[0]), TILES[width].forward
+            elif match[5].endswith("true"):
+                kind, columns, shared = "relative, both", 32, TILES[width].relative_both
+            else:
+                kind, columns, shared = "relative", 32, TILES[width].relative
             return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, shared)
         which, width, *flags = re.search(r"_(keys|queries)<\w+, (\d+), (\w+)(?:, (\w+))?", kernel.name).groups()
         gradient = flags[1] == "true"
@@ -162,7 +165,7 @@ def _speed(flops: float, cycles: float) -> list:
 
 
 def of_forward() -> Iterator[list]:
-    for p in predictions("attention_sm80"):
+    for p in (*predictions("attention_sm80"), *predictions("attention_sm80_relative")):
         yield [*_cells(p), *_speed(p.tile.flops, p.cycles)]
 
 

@@ -32,8 +32,14 @@ struct RelativeTile {
                        products_at = bands_of_keys_at + of_both * (units + 2) * tile_bytes,
                        strip_at = products_at + of_both * 4 * (rows + 2 * columns - 1) * key_pitch,
                        seen_at = strip_at + 4 * 2 * strip,
-                       shared_bytes = seen_at + int(sizeof(Visible<threads, rows>));
-  static_assert(2 * 2 * tile_elements<width>(rows) <= keys_at, "queries end where keys begin");
+                       seen_end = seen_at + int(sizeof(Visible<threads, rows>));
+  // Rows of keys and more than 64 features leave no registers to those of rel_query, nor to scores beside products.
+  static constexpr bool in_registers = !of_both || width <= 64;
+  static constexpr int query_bytes = 2 * tile_elements<width>(rows),
+                       rel_query_at = in_registers ? query_bytes : seen_end,
+                       shared_bytes = seen_end + !in_registers * query_bytes;
+  static_assert((1 + in_registers) * query_bytes <= keys_at, "queries end where keys begin");
+  static_assert(seen_end % 16 == 0, "rows can be copied");
 };
 
 // Products of bands, of a warp's 16 M rows. A row has 64 columns: of even tiles, and of odd ones. Eight rows below, all
@@ -85,15 +91,16 @@ struct KeyProducts {
   static constexpr int octets = (Tile::rows + columns) / 8, turns = (octets + Tile::warps - 1) / Tile::warps;
   float* products;
 
-  // s += queries keys^T, whose fragments are those of the products, too. row(d): address of that of distance d.
-  template <class Row>
+  // Also s += queries keys^T, whose fragments are the same, if registers allow. offset(d): of the row of distance d.
+  template <class Offset>
   PYEXT_DEVICE void multiply(float (&s)[1][N][4], const uint32_t (&queries)[1][width / 16][4],
-                             const SharedTile<T, width>& keys, const Row& row) const {
+                             const SharedTile<T, width>& keys, const T* rows, const Offset& offset) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float sum[turns][2][4] = {};
-    const T* from[turns];
+    int from[turns];
 #pragma unroll
-    for (int turn = 0; turn < turns; ++turn) from[turn] = row(8 * min(turn * Tile::warps + warp, octets - 1) + lane % 8);
+    for (int turn = 0; turn < turns; ++turn)
+      from[turn] = offset(8 * min(turn * Tile::warps + warp, octets - 1) + lane % 8) + lane / 8 * 8;
 #pragma unroll
     for (int k = 0; k < width / 32; ++k) {
       uint32_t of_keys[2][2][4];
@@ -103,14 +110,16 @@ struct KeyProducts {
         for (int half = 0; half < 2; ++half) {
           uint32_t(&left)[4] = of_keys[m][half];
           ptx::ldmatrix(left, keys.at(16 * m + lane % 16, 32 * k + 16 * half + lane / 16 * 8));
-          ptx::mma<T>(s[0][2 * m], queries[0][2 * k + half], {left[0], left[2]});
-          ptx::mma<T>(s[0][2 * m + 1], queries[0][2 * k + half], {left[1], left[3]});
+          if constexpr (Tile::in_registers) {
+            ptx::mma<T>(s[0][2 * m], queries[0][2 * k + half], {left[0], left[2]});
+            ptx::mma<T>(s[0][2 * m + 1], queries[0][2 * k + half], {left[1], left[3]});
+          }
         }
       }
 #pragma unroll
       for (int turn = 0; turn < turns; ++turn) {
         uint32_t right[4];
-        ptx::ldmatrix(right, from[turn] + 32 * k + lane / 8 * 8);
+        ptx::ldmatrix(right, rows + from[turn] + 32 * k);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           ptx::mma<T>(sum[turn][m], of_keys[m][0], {right[0], right[1]});
@@ -161,11 +170,11 @@ struct RelativeScores {
 
   const AttentionProblem& p;
   char* const shared;
-  const T *rows, *rows_of_keys;  // of the head
-  int64_t count, origin;         // of rows; that of band 0
+  const T *rows, *rows_of_keys;  // of the head, of band 0
+  int written_from;              // the first band that is written out
   BandProducts<Tile> band_products;
   KeyProducts<T, Tile> key_products;
-  uint32_t queries[M][width / 16][4], rel_queries[M][width / 16][4];
+  uint32_t queries[M][width / 16][4], rel_queries[Tile::in_registers ? M : 1][width / 16][4];
 
   PYEXT_DEVICE RelativeScores(const AttentionProblem& problem, const WrittenRows& written, int64_t batch, int64_t head,
                               int64_t first_query, char* memory)
@@ -174,13 +183,14 @@ struct RelativeScores {
         band_products(reinterpret_cast<float*>(memory)),
         key_products{reinterpret_cast<float*>(memory + Tile::products_at)} {
     const RelativeRows all(p);
+    const int64_t origin = all.origin - first_query - units * columns;
     const auto of_head = [&](const void* of_all, int64_t batches, int64_t heads) {
       const int64_t table = (batches == 1 ? 0 : batch * heads) + (heads == 1 ? 0 : head);
-      return static_cast<const T*>(of_all) + table * all.count * p.head_dim;
+      return static_cast<const T*>(of_all) + (table * all.count + origin) * p.head_dim;
     };
     rows = of_head(written.of_queries, p.rel_q_batch, p.rel_q_heads);
     if (Tile::of_both) rows_of_keys = of_head(written.of_keys, p.rel_k_batch, p.rel_k_heads);
-    count = all.count, origin = all.origin - first_query - (units - 1) * columns;
+    written_from = int(-origin / columns);
   }
 
   PYEXT_DEVICE Rows band(int n) const { return in_ring(Tile::bands_at, n % (units + 1)); }
@@ -189,28 +199,26 @@ struct RelativeScores {
     return {reinterpret_cast<T*>(shared + at + n * unsigned(Tile::tile_bytes))};
   }
   // Bands are counted from the one before the first key's: unit u needs that of number tile + units - u.
-  PYEXT_DEVICE void load(unsigned n) const {
-    const int64_t row = origin + (int64_t(n) - 1) * columns;
-    const int exist = 0 <= row && row < count ? columns : 0;  // all of a band or nothing
-    copy_tile<Tile::threads, columns>(band(n), rows + row * p.head_dim, p.head_dim, exist, p.head_dim);
+  PYEXT_DEVICE void load(int n) const {
+    const int64_t at = int64_t(n) * columns * p.head_dim;
+    const int count = n >= written_from ? columns : 0;
+    copy_tile<Tile::threads, columns>(band(n), rows + at, p.head_dim, count, p.head_dim);
     if (Tile::of_both)
-      copy_tile<Tile::threads, columns>(band_of_keys(n), rows_of_keys + row * p.head_dim, p.head_dim, exist,
-                                        p.head_dim);
+      copy_tile<Tile::threads, columns>(band_of_keys(n), rows_of_keys + at, p.head_dim, count, p.head_dim);
   }
 
   PYEXT_DEVICE void load_queries(int64_t batch, int64_t head, int64_t first) const {
     const auto load = [&](const Rows& to, const Input& from) {
       load_tile<Tile::threads, Tile::rows>(to, rows_of<T>(from, batch, head), from.row, first, p.q_len, p.head_dim);
     };
-    load(staged(0), p.query), load(staged(1), p.rel_query);
+    load(queries_at(0), p.query), load(queries_at(Tile::rel_query_at), p.rel_query);
   }
   PYEXT_DEVICE void read_queries() {
-    read_left(queries, staged(0)), read_left(rel_queries, staged(1));
+    read_left(queries, queries_at(0));
+    if (Tile::in_registers) read_left(rel_queries, queries_at(Tile::rel_query_at));
     __syncthreads();  // all have theirs: something else may be there
   }
-  PYEXT_DEVICE Rows staged(int which) const {
-    return {reinterpret_cast<T*>(shared) + which * tile_elements<width>(Tile::rows)};
-  }
+  PYEXT_DEVICE Rows queries_at(int at) const { return {reinterpret_cast<T*>(shared + at)}; }
   PYEXT_DEVICE void read_left(uint32_t (&left)[M][width / 16][4], const Rows& from) const {
     const int row = threadIdx.x / 32 * 16 * M + threadIdx.x % 16, column = threadIdx.x % 32 / 16 * 8;
 #pragma unroll
@@ -221,22 +229,28 @@ struct RelativeScores {
   }
 
   PYEXT_DEVICE void multiply_band(int tile) const {
-    const int unit = threadIdx.x / 32 * 16 * M / columns;
+    const int row = threadIdx.x / 32 * 16 * M;
     float sum[M][N][4] = {};
-    multiply_transposed(sum, rel_queries, band(tile + units - unit));
+    if constexpr (Tile::in_registers)
+      multiply_transposed(sum, rel_queries, band(tile + units - row / columns));
+    else
+      multiply_transposed(sum, queries_at(Tile::rel_query_at), row, band(tile + units - row / columns));
     band_products.store(sum, tile);
   }
   PYEXT_DEVICE void to_scores(float (&s)[M][N][4], int tile, const Rows& keys) const {
     multiply_band(tile);
-    band_products.load(s, tile);
+    if (Tile::in_registers) band_products.load(s, tile);
     if constexpr (Tile::of_both) {
-      key_products.multiply(s, queries, keys, [&](int distance) {
-        return band_of_keys(tile + distance / columns).at(distance % columns, 0);
+      key_products.multiply(s, queries, keys, band_of_keys(0).data, [&](int distance) {
+        const unsigned n = unsigned(tile + distance / columns) % (units + 2);
+        return int(n) * tile_elements<width>(columns) + distance % columns * (width + 8);
       });
+    }
+    if (!Tile::in_registers) band_products.load(s, tile);
+    if (!Tile::in_registers || !Tile::of_both) multiply_transposed(s, queries, keys);
+    if constexpr (Tile::of_both) {
       __syncthreads();  // all warps' products are there
       key_products.add_to(s);
-    } else {
-      multiply_transposed(s, queries, keys);
     }
   }
 };

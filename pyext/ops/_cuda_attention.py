@@ -25,8 +25,8 @@ class Tiles(NamedTuple):
 #: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all but one.
 TILES = {
     64: Tiles(39_232, 80_704, 138_976, 77_312, 78_464, 79_168, 109_312),
-    96: Tiles(82_496, 66_368, 141_504, 110_080, 111_232, 110_016, 146_624),
-    128: Tiles(72_000, 80_704, 135_840, 142_848, 144_000, 110_016, 146_624),
+    96: Tiles(82_496, 66_368, 161_472, 110_080, 111_232, 110_016, 146_624),
+    128: Tiles(72_000, 80_704, 153_248, 142_848, 144_000, 110_016, 146_624),
     256: Tiles(137_600),
 }
 #: Fields of the problem that the kernels do not know, as a refusal calls them.

@@ -86,7 +86,6 @@ MUTANTS = [
     _Rows("queries overwritten while others read them", "__syncthreads();  // all have theirs", "// theirs", "relative"),
     _Rows("bands overwritten while others use them", "n % (units + 1)", "n % units", "relative"),
     _Rows("no band before the first tile", "relative.multiply_band(begin - 1);", "", "relative"),
-    _Rows("bands past the last one", "0 <= row && row < count", "0 <= row", "relative"),
     _Rows(
         "distances that do not occur",
         "0 <= u && u < p.q_len + p.k_len - 1 ? p.rel_index[u] : -1",

@@ -2,8 +2,8 @@
 // band is the products of 32 queries and 32 neighbouring distances. A tile of 32 keys needs two bands, of which the
 // tile before it has had one. Their skew is where they are stored: product of query r and distance d of a band at
 // column d + r of its tile or, beyond 32, of the next one.
-// Products of keys and relative rows, k_j . rel_k[rel_index[u]], are of no use to another tile: each computes all of its
-// own, a warp some of them, and all warps read them.
+// Products of keys and relative rows, k_j . rel_k[rel_index[u]], are of no use to another tile: each computes all of
+// its own, a warp some of them, and all warps read them.
 //
 // Sources: Dai et al., "Transformer-XL" (2019), appendix B, whose shift of a whole matrix this is, in shared memory;
 // He et al., "DeBERTa" (2021), eq. 4.
@@ -31,8 +31,7 @@ struct RelativeTile {
                        bands_at = keys_at + 2 * tile_bytes, bands_of_keys_at = bands_at + (units + 1) * tile_bytes,
                        products_at = bands_of_keys_at + of_both * (units + 2) * tile_bytes,
                        strip_at = products_at + of_both * 4 * (rows + 2 * columns - 1) * key_pitch,
-                       seen_at = strip_at + 4 * 2 * strip,
-                       seen_end = seen_at + int(sizeof(Visible<threads, rows>));
+                       seen_at = strip_at + 4 * 2 * strip, seen_end = seen_at + int(sizeof(Visible<threads, rows>));
   // Rows of keys and more than 64 features leave no registers to those of rel_query, nor to scores beside products.
   static constexpr bool in_registers = !of_both || width <= 64;
   static constexpr int query_bytes = 2 * tile_elements<width>(rows),
@@ -108,7 +107,7 @@ struct KeyProducts {
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          uint32_t(&left)[4] = of_keys[m][half];
+          uint32_t (&left)[4] = of_keys[m][half];
           ptx::ldmatrix(left, keys.at(16 * m + lane % 16, 32 * k + 16 * half + lane / 16 * 8));
           if constexpr (Tile::in_registers) {
             ptx::mma<T>(s[0][2 * m], queries[0][2 * k + half], {left[0], left[2]});
@@ -155,11 +154,6 @@ struct KeyProducts {
   }
 };
 
-// The relative rows of a problem, written out.
-struct WrittenRows {
-  const void *of_queries, *of_keys;
-};
-
 // Products of a block of queries. In the order of calls: `load` of the bands from that before the first tile's on;
 // `read_queries`; `multiply_band` of the tile before the first; then of each tile, `load` of band tile + units and
 // `to_scores`.
@@ -182,14 +176,9 @@ struct RelativeScores {
         shared(memory),
         band_products(reinterpret_cast<float*>(memory)),
         key_products{reinterpret_cast<float*>(memory + Tile::products_at)} {
-    const RelativeRows all(p);
-    const int64_t origin = all.origin - first_query - units * columns;
-    const auto of_head = [&](const void* of_all, int64_t batches, int64_t heads) {
-      const int64_t table = (batches == 1 ? 0 : batch * heads) + (heads == 1 ? 0 : head);
-      return static_cast<const T*>(of_all) + (table * all.count + origin) * p.head_dim;
-    };
-    rows = of_head(written.of_queries, p.rel_q_batch, p.rel_q_heads);
-    if (Tile::of_both) rows_of_keys = of_head(written.of_keys, p.rel_k_batch, p.rel_k_heads);
+    const int64_t origin = RelativeRows(p).origin - first_query - units * columns;
+    rows = written.rows_of_queries<T>(p, batch, head) + origin * p.head_dim;
+    if (Tile::of_both) rows_of_keys = written.rows_of_keys<T>(p, batch, head) + origin * p.head_dim;
     written_from = int(-origin / columns);
   }
 

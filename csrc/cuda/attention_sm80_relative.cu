@@ -148,12 +148,7 @@ template <class T>
 int launch(const AttentionProblem& p, cudaStream_t stream) {
   const RelativeWorkspace w(p);
   if (const int error = expand_strips(p, w.base, stream)) return error;
-  if (const int error = expand_rows<T, false>(p, p.rel_q, p.rel_q_heads, w.rows.bytes,
-                                              const_cast<void*>(w.written.of_queries), stream))
-    return error;
-  if (const int error = expand_rows<T, true>(p, p.rel_k, p.rel_k_heads, w.rows.bytes_of_keys,
-                                             const_cast<void*>(w.written.of_keys), stream))
-    return error;
+  if (const int error = write_rows<T, RowOrder::of_bands, RowOrder::of_octets>(p, w.written, stream)) return error;
   return with_width<T>(p, w, stream);
 }
 

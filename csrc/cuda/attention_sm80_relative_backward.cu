@@ -104,15 +104,12 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   // follows: the step before is that of the queries before, and most of the band is there.
   const auto load = [&](const Step& step, int n, bool follows) {
     const int64_t first = int64_t(step.block) * columns, pair = int64_t(batch) * p.heads + step.head;
-    load_tile<Tile::threads, columns>(queries(n), rows_of<T>(p.query, batch, step.head), p.query.row, first, p.q_len,
-                                      p.head_dim);
-    load_tile<Tile::threads, columns>(rel_queries(n), rows_of<T>(p.rel_query, batch, step.head), p.rel_query.row, first,
-                                      p.q_len, p.head_dim);
-    load_tile<Tile::threads, columns>(grads(n), rows_of<T>(p.grad_out, batch, step.head), p.grad_out.row, first,
-                                      p.q_len, p.value_dim);
+    copy_rows<Tile, columns>(queries(n), p.query, batch, step.head, first, p.q_len, p.head_dim);
+    copy_rows<Tile, columns>(rel_queries(n), p.rel_query, batch, step.head, first, p.q_len, p.head_dim);
+    copy_rows<Tile, columns>(grads(n), p.grad_out, batch, step.head, first, p.q_len, p.value_dim);
     const int at = entry(step), count = follows ? columns : Tile::distances;
-    band.load(p.rel_q, batch, step.head, at, origin + at, count);
-    if (Tile::of_both) band_of_keys.load(p.rel_k, batch, step.head, at, origin + at, count);
+    band.load(w.rows.rows_of_queries<T>(p, batch, step.head), at, origin + at, count);
+    if (Tile::of_both) band_of_keys.load(w.rows.rows_of_keys<T>(p, batch, step.head), at, origin + at, count);
     ptx::cp_async_commit();
     RelativeQueries<Tile>& info = infos[n % Tile::stages];
     w.load_strip<Tile>(info.strip, p, step.head, origin + at);
@@ -129,9 +126,8 @@ __global__ void __launch_bounds__(Tile::threads, 1)
       info.segments[threadIdx.x][same] = exists ? segment_score(p, pair, query, same) : 0.0f;
   };
 
-  load_tile<Tile::threads, rows>(keys, rows_of<T>(p.key, batch, kv_head), p.key.row, first_key, p.k_len, p.head_dim);
-  load_tile<Tile::threads, rows>(values, rows_of<T>(p.value, batch, kv_head), p.value.row, first_key, p.k_len,
-                                 p.value_dim);
+  copy_rows<Tile, rows>(keys, p.key, batch, kv_head, first_key, p.k_len, p.head_dim);
+  copy_rows<Tile, rows>(values, p.value, batch, kv_head, first_key, p.k_len, p.value_dim);
   ptx::cp_async_commit();
   const SkewedRows<T, Tile, true> skewed_rows(reinterpret_cast<float*>(pieces.at));
   const int own = threadIdx.x / 32 * 16;
@@ -229,21 +225,17 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   const int64_t origin = strip_start(p, int64_t(first) + rows - 1, 0);
   const auto load = [&](int tile) {
     const int64_t at = int64_t(tile) * columns;
-    load_tile<Tile::threads, columns>(keys(tile), rows_of<T>(p.key, batch, kv_head), p.key.row, at, p.k_len,
-                                      p.head_dim);
-    load_tile<Tile::threads, columns>(values(tile), rows_of<T>(p.value, batch, kv_head), p.value.row, at, p.k_len,
-                                      p.value_dim);
+    copy_rows<Tile, columns>(keys(tile), p.key, batch, kv_head, at, p.k_len, p.head_dim);
+    copy_rows<Tile, columns>(values(tile), p.value, batch, kv_head, at, p.k_len, p.value_dim);
     const int before = tile == begin ? 0 : rows, entry = tile * columns + before, count = Tile::distances - before;
-    band.load(p.rel_q, batch, head, entry, origin + entry, count);
-    if (Tile::of_both) band_of_keys.load(p.rel_k, batch, head, entry, origin + entry, count);
+    band.load(w.rows.rows_of_queries<T>(p, batch, head), entry, origin + entry, count);
+    if (Tile::of_both) band_of_keys.load(w.rows.rows_of_keys<T>(p, batch, head), entry, origin + entry, count);
     ptx::cp_async_commit();
     w.load_strip<Tile>(strips + tile % Tile::stages * Tile::distances, p, head, origin + at);
   };
-  load_tile<Tile::threads, rows>(queries, rows_of<T>(p.query, batch, head), p.query.row, first, p.q_len, p.head_dim);
-  load_tile<Tile::threads, rows>(rel_queries, rows_of<T>(p.rel_query, batch, head), p.rel_query.row, first, p.q_len,
-                                 p.head_dim);
-  load_tile<Tile::threads, rows>(grads, rows_of<T>(p.grad_out, batch, head), p.grad_out.row, first, p.q_len,
-                                 p.value_dim);
+  copy_rows<Tile, rows>(queries, p.query, batch, head, first, p.q_len, p.head_dim);
+  copy_rows<Tile, rows>(rel_queries, p.rel_query, batch, head, first, p.q_len, p.head_dim);
+  copy_rows<Tile, rows>(grads, p.grad_out, batch, head, first, p.q_len, p.value_dim);
   ptx::cp_async_commit();
 
   const int own = threadIdx.x / 32 * 16;
@@ -347,6 +339,9 @@ struct RelativeWorkspace {
     };
     take(work.of_queries, p.grad_rel_q, p.head_dim), take(work.of_keys, p.grad_rel_k, p.head_dim);
     take(work.of_bias, p.grad_diag, 1);
+    const RelativeRows rows(p);
+    work.rows = {static_cast<char*>(memory) + bytes, static_cast<char*>(memory) + bytes + rows.bytes};
+    bytes += rows.bytes + rows.bytes_of_keys;
   }
 };
 
@@ -371,6 +366,7 @@ int sum_table(const RelativeWorkspace& w, const float* by_distance, const int32_
 template <class T, class Tile>
 int launch_relative(const AttentionProblem& p, const RelativeWorkspace& w, cudaStream_t stream) {
   if (const int error = prepare<T>(p, w.base, stream)) return error;
+  if (const int error = write_rows<T, RowOrder::natural, RowOrder::natural>(p, w.work.rows, stream)) return error;
   const auto launch = [&](auto kernel, int64_t blocks, int shared_bytes) {
     return launch_blocks(kernel, blocks, Tile::threads, shared_bytes, stream, p, w.work);
   };

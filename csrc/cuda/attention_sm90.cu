@@ -428,7 +428,8 @@ int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStrea
   const int64_t width = max_of(p.head_dim, p.value_dim);
   if (p.rel_q.data) {
     void* const rows = static_cast<char*>(p.workspace) + w.bytes;
-    if (const int error = expand_rows<T, false>(p, p.rel_q, p.rel_q_heads, RelativeRows(p).bytes, rows, stream))
+    if (const int error =
+            expand_rows<T, RowOrder::of_bands>(p, p.rel_q, p.rel_q_heads, RelativeRows(p).bytes, rows, stream))
       return error;
     if (width <= 64) return launch_forward<T, HopperTile<64, 2, kBand, true, true>, false>(p, w, stream);
     return launch_forward<T, HopperTile<128, 2, kBand, true, true>, false>(p, w, stream);

@@ -47,6 +47,11 @@ class Tile:
             else:
                 kind, columns, shared = "relative", 32, TILES[width].relative
             return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, shared)
+        if match := re.search(r"_relative_(keys|queries)<\w+, RelativeBackward<(\d+), (\w+)>", kernel.name):
+            width, both = int(match[2]), match[3] == "true"
+            shared = TILES[width].relative_both_backward if both else TILES[width].relative_backward
+            kind = "dK, dV" if match[1] == "keys" else "dQ"
+            return cls(kind, width, 4, 64, 32, "rows of both" if both else "rows", 10 * 64 * 32 * width, shared)
         which, width, *flags = re.search(r"_(keys|queries)<\w+, (\d+), (\w+)(?:, (\w+))?", kernel.name).groups()
         gradient = flags[1] == "true"
         shared = TILES[int(width)].strip_gradient if gradient else TILES[int(width)].backward
@@ -58,7 +63,8 @@ class Tile:
 def code(kernel: Kernel) -> list[tuple[Instruction, int]]:
     """Of a warp, per tile that no mask cuts."""
     tile = Tile.of(kernel)
-    every = per_tile(kernel.sass, tile.width, tile.columns * tile.width // 8 // (32 * tile.warps))
+    copies = 1 if "_relative_" in kernel.name else tile.columns * tile.width // 8 // (32 * tile.warps)
+    every = per_tile(kernel.sass, tile.width, copies)
     full = {i.address for i in of_full_tiles([i for i, _ in every])}
     return [(i, times) for i, times in every if i.address in full]
 
@@ -67,7 +73,9 @@ def cycles(kernel: Kernel) -> dict[str, float]:
     tile, body = Tile.of(kernel), code(kernel)
     products = sum(times for i, times in body if i.name == "HMMA")
     units = A100.units(body, tile.warps, 2 * MULTIPLICATIONS * products * tile.warps, 0, 0)
-    return units | {"L2": 4 * tile.columns * tile.width / A100.l2_bytes}
+    tables = 2 if "both" in tile.kind + tile.bias else 1 if "rel" in kernel.name else 0
+    queries = 2 * ("relative_keys" in kernel.name)  # two tables of rows besides the incoming gradient's
+    return units | {"L2": 2 * (2 + tables + queries // 2) * tile.columns * tile.width / A100.l2_bytes}
 
 
 # --- A warp by itself ---

@@ -209,11 +209,14 @@ struct RelativeWork {
     const int4 r = reinterpret_cast<const int4*>(ranges)[batch * ceil_div(p.q_len, kStepRows) + first / kStepRows];
     return {r.x, r.y, r.z, r.w};
   }
+  PYEXT_DEVICE const float* strip_of(const AttentionProblem& p, int64_t head) const {
+    return strips + (p.diag_heads == 1 ? 0 : head * strip_length);
+  }
   // Part of a strip, zeros without bias.
   template <class Tile>
   PYEXT_DEVICE void load_strip(float* to, const AttentionProblem& p, int64_t head, int64_t start,
                                int count = Tile::distances) const {
-    const float* strip = strips + (p.diag_heads == 1 ? 0 : head * strip_length);
+    const float* strip = strip_of(p, head);
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += Tile::threads)
       to[i] = p.diag && 0 <= start + i && start + i < strip_length ? strip[start + i] : 0.0f;

@@ -157,7 +157,11 @@ class Prediction:
 
 def predictions(stem: str) -> list[Prediction]:
     source = next(source for source in SOURCES if source.stem == stem)
-    every = [Prediction.of(k) for k in kernels(source, "sm_80") if "<bf16" in k.name and k.uses("HMMA")]
+    every = [
+        Prediction.of(k)
+        for k in kernels(source, "sm_80")
+        if "<bf16" in k.name and k.uses("HMMA") and "_relative_distances" not in k.name
+    ]
     return sorted((p for p in every if p), key=lambda p: (p.tile.kind, p.tile.width))
 
 
@@ -186,12 +190,23 @@ def of_backward() -> Iterator[list]:
         yield [*_cells(queries), *_speed(queries.tile.flops, keys.cycles + queries.cycles)]
 
 
+def of_relative_backward() -> Iterator[list]:
+    """Of the kernels that have a block of keys or of queries; those of tables are not in it."""
+    every = {(p.tile.kind, p.tile.width, p.tile.bias): p for p in predictions("attention_sm80_relative_backward")}
+    for width, bias in itertools.product((64, 128), ("rows", "rows of both")):
+        keys, queries = every["dK, dV", width, bias], every["dQ", width, bias]
+        yield [*_cells(keys), "", "", ""]
+        yield [*_cells(queries), *_speed(queries.tile.flops, keys.cycles + queries.cycles)]
+
+
 def main() -> None:
     titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit")
     speeds = ("at most", "predicted", "of peak")
     print("\n".join(table((*titles, *speeds), of_forward())))
     print()
     print("\n".join(table((*titles, *speeds), of_backward())))
+    print()
+    print("\n".join(table((*titles, *speeds), of_relative_backward())))
 
 
 if __name__ == "__main__":

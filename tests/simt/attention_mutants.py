@@ -83,7 +83,9 @@ MUTANTS = [
         "[octet % 2 * 2 + n % 2];\n    }",
         "relative",
     ),
-    _Rows("queries overwritten while others read them", "__syncthreads();  // all have theirs", "// theirs", "relative"),
+    _Rows(
+        "queries overwritten while others read them", "__syncthreads();  // all have theirs", "// theirs", "relative"
+    ),
     _Rows("bands overwritten while others use them", "n % (units + 1)", "n % units", "relative"),
     _Rows("no band before the first tile", "relative.multiply_band(begin - 1);", "", "relative"),
     _Rows(

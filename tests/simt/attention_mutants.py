@@ -155,6 +155,10 @@ MUTANTS = [
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
     _Relative("keys before the first are read", "(!before || first + row >= 0)", "true", "both"),
+    _Relative("what queries bring in one place", "infos[n % Tile::stages];", "infos[0];", "relative"),
+    _Relative(
+        "a ring of distances without an end", "(group < Tile::ring ? group : group - Tile::ring)", "group", "relative"
+    ),
     _Relative(
         "most of a band taken as there",
         "follows = next.head == loaded.head && next.block == loaded.block + 1;",

@@ -281,9 +281,13 @@ std::tuple<Tensor, Tensor> attention_forward(
     run_on_device(
         a.query, "query", [&] { kernels().attention_forward(p, parallel()); },
         [&](auto stream) {
-          return launch_best(a.query, p, stream,
-                             {pyext_cuda_attention_forward_sm90_workspace, pyext_cuda_attention_forward_workspace,
-                              pyext_cuda_attention_forward_sm90, pyext_cuda_attention_forward});
+          const bool relative = p.rel_index != nullptr;
+          return launch_best(
+              a.query, p, stream,
+              {pyext_cuda_attention_forward_sm90_workspace,
+               relative ? pyext_cuda_attention_relative_forward_workspace : pyext_cuda_attention_forward_workspace,
+               pyext_cuda_attention_forward_sm90,
+               relative ? pyext_cuda_attention_relative_forward : pyext_cuda_attention_forward});
         });
   }
   return {out, lse};

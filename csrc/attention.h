@@ -75,7 +75,9 @@ extern "C" int pyext_cuda_attention_forward(const pyext::AttentionProblem&, void
 extern "C" int64_t pyext_cuda_attention_forward_workspace(const pyext::AttentionProblem&);
 extern "C" int pyext_cuda_attention_backward(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_backward_workspace(const pyext::AttentionProblem&);
-// The backward of problems with relative rows, and of no others.
+// Those of problems with relative rows, which the two above do not take.
+extern "C" int pyext_cuda_attention_relative_forward(const pyext::AttentionProblem&, void* stream);
+extern "C" int64_t pyext_cuda_attention_relative_forward_workspace(const pyext::AttentionProblem&);
 extern "C" int pyext_cuda_attention_relative_backward(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_relative_backward_workspace(const pyext::AttentionProblem&);
 // csrc/cuda/attention_sm90*.cu, on devices of compute capability 9.0; a workspace of -1 bytes: not this problem.

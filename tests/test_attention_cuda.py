@@ -36,7 +36,7 @@ from support.parts import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
-STEMS = ("attention_sm80", "attention_sm80_backward", "attention_sm80_relative_backward")
+STEMS = ("attention_sm80", "attention_sm80_backward", "attention_sm80_relative", "attention_sm80_relative_backward")
 pytestmark = pytest.mark.skipif(not backends.CUDA, reason="neither a GPU with CUDA kernels nor the emulator")
 emulated = pytest.mark.skipif(backends.HAS_GPU, reason="the emulator has no place beside a GPU")
 

@@ -4,6 +4,7 @@
 // band of relative rows, and its gradient, are GEMMs of the tile skewed by that.
 #pragma once
 #include "attention_backward.h"
+#include "attention_relative_rows.h"
 
 namespace pyext {
 namespace {
@@ -37,35 +38,26 @@ struct Pieces {
   }
 };
 
-template <class T>
-PYEXT_DEVICE const T* rows_of(const Input& t, int64_t batch, int64_t head) {
-  return static_cast<const T*>(t.data) + batch * t.batch + head * t.head;
-}
-template <class T>
-PYEXT_DEVICE T* rows_of(const Output& t, int64_t batch, int64_t head) {
-  return static_cast<T*>(t.data) + batch * t.batch + head * t.head;
-}
-
 template <class Tile>
 using RelativeSeen = Visible<Tile::threads, Tile::rows>;
 
 // --- Relative rows of neighbouring distances ---
 
-// Starts the copy of those of `count` distances from `distance` on. Zeros for distances that do not occur, and for rows
-// outside of the table, which nobody can report here.
-template <class T, class Tile, class Rows>
-PYEXT_DEVICE void load_relative(const Rows& to, const AttentionProblem& p, const Input& table, int64_t batch,
-                                int64_t head, int64_t distance, int count) {
-  constexpr int chunks = Tile::width / 8;
-  const T* rows = rows_of<T>(table, batch, head);
-  const int64_t length = p.q_len + p.k_len - 1;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count * chunks; i += Tile::threads) {
-    const int64_t u = distance + i / chunks, row = 0 <= u && u < length ? p.rel_index[u] : -1;
-    const int column = i % chunks * 8;
-    const bool valid = 0 <= row && row < p.rel_rows && column < p.head_dim;
-    ptx::cp_async(to.at(i / chunks, column), rows + (valid ? row * table.row + column : 0), valid);
-  }
+// Starts the copy of `count` rows of a head from `first` on; zeros beyond row `length` and beyond `features`.
+template <class Tile, int count, class T>
+PYEXT_DEVICE void copy_rows(const SharedTile<T, Tile::width>& to, const Input& from, int64_t batch, int64_t head,
+                            int64_t first, int64_t length, int64_t features) {
+  copy_tile<Tile::threads, count>(to, rows_of<T>(from, batch, head) + first * from.row, from.row, length - first,
+                                  features);
+}
+
+// Starts the copy of those of `count` distances from u = `first` on, of a head whose rows are written out.
+template <class Tile, int count, class T>
+PYEXT_DEVICE void copy_relative(const SharedTile<T, Tile::width>& to, const AttentionProblem& p, const T* rows,
+                                int64_t first) {
+  const RelativeRows all(p);
+  const int64_t row = first - (p.q_len - 1) + all.origin;
+  copy_tile<Tile::threads, count>(to, rows + row * p.head_dim, p.head_dim, all.count - row, p.head_dim);
 }
 
 // In a ring.
@@ -76,19 +68,23 @@ struct Band {
   const AttentionProblem& p;
   static constexpr int elements = tile_elements<Tile::width>(Tile::ring);
 
-  // From an entry on.
+  // From an entry on, a multiple of 16: of so many rows none, or all, lie beyond the ring's end.
   struct View {
     using Element = T;
     Rows ring;
-    unsigned first;
-    PYEXT_DEVICE T* at(int row, int column) const { return ring.at((first + row) % unsigned(Tile::ring), column); }
+    int first;
+    PYEXT_DEVICE T* at(int row, int column) const {
+      const int group = first + row / 16 * 16;
+      return ring.at((group < Tile::ring ? group : group - Tile::ring) + row % 16, column);
+    }
   };
-  PYEXT_DEVICE View from(int entry) const { return {ring, unsigned(entry)}; }
+  PYEXT_DEVICE View from(int entry) const { return {ring, int(unsigned(entry) % unsigned(Tile::ring))}; }
 
-  // Starts the copy of `count` rows from `entry` on, which is of distance `distance`.
-  PYEXT_DEVICE void load(const Input& table, int64_t batch, int64_t head, int entry, int64_t distance,
-                         int count) const {
-    load_relative<T, Tile>(from(entry), p, table, batch, head, distance, count);
+  // Starts the copy of `count` rows from `entry` on, both of them multiples of Tile::columns; of distances u from
+  // `distance` on.
+  PYEXT_DEVICE void load(const T* rows, int entry, int64_t distance, int count) const {
+    for (int n = 0; n < count; n += Tile::columns)
+      copy_relative<Tile, Tile::columns>(Rows{from(entry + n).at(0, 0)}, p, rows, distance + n);
   }
 };
 
@@ -197,6 +193,7 @@ struct SkewedColumns {
 // --- What all three kernels are given besides the problem ---
 
 struct RelativeWork {
+  WrittenRows rows;
   const float* strips;
   int64_t strip_length;
   const float *delta, *lse;
@@ -209,13 +206,17 @@ struct RelativeWork {
 
   // The range of keys that queries from `first` on see, or more: that of the kStepRows which they are among.
   PYEXT_DEVICE Range range(const AttentionProblem& p, int64_t batch, int64_t first) const {
-    return ranges[batch * ceil_div(p.q_len, kStepRows) + first / kStepRows];
+    const int4 r = reinterpret_cast<const int4*>(ranges)[batch * ceil_div(p.q_len, kStepRows) + first / kStepRows];
+    return {r.x, r.y, r.z, r.w};
+  }
+  PYEXT_DEVICE const float* strip_of(const AttentionProblem& p, int64_t head) const {
+    return strips + (p.diag_heads == 1 ? 0 : head * strip_length);
   }
   // Part of a strip, zeros without bias.
   template <class Tile>
   PYEXT_DEVICE void load_strip(float* to, const AttentionProblem& p, int64_t head, int64_t start,
                                int count = Tile::distances) const {
-    const float* strip = strips + (p.diag_heads == 1 ? 0 : head * strip_length);
+    const float* strip = strip_of(p, head);
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += Tile::threads)
       to[i] = p.diag && 0 <= start + i && start + i < strip_length ? strip[start + i] : 0.0f;

@@ -131,7 +131,7 @@ struct ByDistance {
       for (int half = 0; half < 2; ++half)
         hide_unseen(biased[0], half, seen.of[own() + lane_row() + 8 * half], int(at));
     }
-    if (p.segment) segments.add_to(biased, p, batch, int(at));
+    if (p.segment) segments.add_to(biased[0], p, batch, int(at));
     multiply_transposed(ds, grads, own(), values(step));
     to_score_gradients(ds, biased, lse, delta);
     for_each(step, [&](int query, int distance, int key, int j, int e) {
@@ -193,11 +193,11 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   // Of a group: all entries of the batch or one, and all heads or one.
   const int64_t batches = w.group_batch == 1 ? p.batch : 1, heads = w.group_heads == 1 ? p.heads : 1;
   block.first_distance = blockIdx.x % blocks * Tile::rows;
-  const auto load = [&](const auto& to, const Input& table) {
-    load_relative<T, Tile>(to, p, table, group_batch, group_head, block.first_distance, Tile::rows);
+  const auto copy = [&](const auto& to, const T* rows) {
+    copy_relative<Tile, Tile::rows>(to, p, rows, block.first_distance);
   };
-  load(block.band, p.rel_q);
-  if (Tile::of_both) load(block.band_of_keys, p.rel_k);
+  copy(block.band, w.rows.rows_of_queries<T>(p, group_batch, group_head));
+  if (Tile::of_both) copy(block.band_of_keys, w.rows.rows_of_keys<T>(p, group_batch, group_head));
   ptx::cp_async_commit();
   w.load_strip<Tile>(block.strip, p, group_head, block.first_distance, Tile::rows);
 

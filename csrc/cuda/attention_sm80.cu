@@ -2,10 +2,9 @@
 //
 // A block computes `rows` queries of one head, a warp 16 M of them: S = Q K^T of a tile of keys, its weights, O += P V
 // with P in registers. Scores are in units of log2, so that a weight is one ex2. Tiles that nobody sees are not
-// visited, and only tiles that some query sees in part ask who sees what. Relative rows cost one more product of the
-// size of Q K^T.
+// visited, and only tiles that some query sees in part ask who sees what.
 // Source: Dao, "FlashAttention-2" (2023), algorithm 1.
-#include "attention_relative.h"
+#include "attention_tiles.h"
 
 namespace pyext {
 namespace {
@@ -17,29 +16,12 @@ struct ForwardTile {
                        threads = 32 * warps, rows = 16 * M * warps, N = columns / 8, strip = rows + columns;
   static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) + int(sizeof(float)) * 2 * strip +
                                       int(sizeof(Visible<threads, rows>));
-  template <class T>
-  using Relative = NoRelativeRows;
-};
-
-template <int width, int M, int warps, int columns>
-struct RelativeTile : ForwardTile<width, M, warps, columns> {
-  using Base = ForwardTile<width, M, warps, columns>;
-  template <class T>
-  using Relative = RelativeRows<T, Base>;
-};
-
-template <int width, int M, int warps, int columns>
-struct RelativeTileOfBoth : ForwardTile<width, M, warps, columns> {
-  using Base = ForwardTile<width, M, warps, columns>;
-  template <class T>
-  using Relative = RelativeRowsOfBoth<T, Base>;
 };
 
 template <class T, class Tile, bool biased>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     attention_forward(const __grid_constant__ AttentionProblem p, const float* strips, int64_t strip_length) {
   constexpr int width = Tile::width, M = Tile::M, N = Tile::N, threads = Tile::threads, columns = Tile::columns;
-  using Relative = typename Tile::template Relative<T>;
   PYEXT_SHARED(T, shared);
   const SharedTile<T, width> q{shared};
   const auto stage = [&](int n) { return SharedTile<T, width>{q.at(Tile::rows + n * columns, 0)}; };
@@ -55,15 +37,11 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
   if (biased) strips += p.diag_heads == 1 ? 0 : head * strip_length;
 
-  Relative relative(p, batch, head, first, &seen + 1);
-
   const Range range = find_visible(p, batch, first, seen);
   const int begin = range.begin / columns, end = range.end ? (range.end - 1) / columns + 1 : begin;
   const auto load_key = [&](int tile) {
-    if (tile < end) {
+    if (tile < end)
       load_tile<threads, columns>(stage(tile % 2), key, p.key.row, int64_t(tile) * columns, p.k_len, p.head_dim);
-      relative.load(tile);
-    }
     ptx::cp_async_commit();  // an empty group, too: groups count tiles
   };
   const auto load_value = [&](int tile) {
@@ -78,29 +56,21 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
       ahead.read(strips, strip_length, strip_start(p, int64_t(first) + Tile::rows - 1, int64_t(tile) * columns));
   };
   load_tile<threads, Tile::rows>(q, query, p.query.row, first, p.q_len, p.head_dim);
-  if (begin < end) relative.start(begin), relative.read(begin);
   load_key(begin), load_value(begin), read_strip(begin);
   if (biased) ahead.store(strip + begin % 2 * Tile::strip);
 
   const int row = threadIdx.x / 32 * 16 * M + lane_row();
-  SegmentRows segments;
-  if (p.segment) segments.read(p, pair, int64_t(first) + row);
   OnlineSoftmax<M> softmax(1);
   float out[M][width / 8][4] = {}, factor[M][2];
   for (int tile = begin; tile < end; ++tile) {
-    relative.read(tile + 1);
     ptx::cp_async_wait<1>();
     __syncthreads();  // the tile's keys are there, for all, and all are done with the values before
     load_key(tile + 1), read_strip(tile + 1);
-    relative.multiply(tile, stage(tile % 2));
     float s[M][N][4] = {};
     multiply_transposed<M, N>(s, q, threadIdx.x / 32 * 16 * M, stage(tile % 2));
-    relative.add_to(s, tile);
     if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
     finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
                                 range.covers(tile * columns, tile * columns + columns));
-    if constexpr (!std::is_same<Relative, NoRelativeRows>::value)
-      if (p.segment) segments.add_to(s, p, batch, tile * columns);
     softmax.add(s, factor);
     scale_rows(out, factor);
     uint32_t weights[M][N / 2][4];
@@ -122,8 +92,7 @@ int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaS
   const int64_t blocks = ceil_div(p.q_len, Tile::rows) * p.heads * p.batch;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   return ptx::launch(attention_forward<T, Tile, biased>, dim3(unsigned(blocks)), dim3(Tile::threads),
-                     Tile::shared_bytes + Tile::template Relative<T>::shared_bytes, stream, p, w.strips,
-                     w.strip_length);
+                     Tile::shared_bytes, stream, p, w.strips, w.strip_length);
 }
 
 template <class T, class Tile>
@@ -136,19 +105,6 @@ int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream
 template <class T>
 int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
-  if (p.rel_k.data) {
-    if (!p.rel_q.data) return cudaErrorInvalidValue;
-    if (width <= 64) return with_bias<T, RelativeTileOfBoth<64, 1, 4, 32>>(p, w, stream);
-    if (width <= 96) return with_bias<T, RelativeTileOfBoth<96, 1, 4, 32>>(p, w, stream);
-    if (width <= 128) return with_bias<T, RelativeTileOfBoth<128, 1, 4, 32>>(p, w, stream);
-    return cudaErrorInvalidValue;
-  }
-  if (p.rel_q.data) {
-    if (width <= 64) return with_bias<T, RelativeTile<64, 1, 4, 32>>(p, w, stream);
-    if (width <= 96) return with_bias<T, RelativeTile<96, 1, 4, 32>>(p, w, stream);
-    if (width <= 128) return with_bias<T, RelativeTile<128, 1, 4, 32>>(p, w, stream);
-    return cudaErrorInvalidValue;
-  }
   if (width <= 64) return with_bias<T, ForwardTile<64, 2, 4, 32, 3>>(p, w, stream);
   if (width <= 96) return with_bias<T, ForwardTile<96, 2, 4, 64, 2>>(p, w, stream);
   if (width <= 128) return with_bias<T, ForwardTile<128, 2, 4, 32, 2>>(p, w, stream);
@@ -166,7 +122,7 @@ extern "C" int64_t pyext_cuda_attention_forward_workspace(const pyext::Attention
 extern "C" int pyext_cuda_attention_forward(const pyext::AttentionProblem& p, void* stream) {
   using namespace pyext;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (!fits_tiles(p, p.query, p.key, p.value, p.rel_query, p.rel_q, p.rel_k)) return cudaErrorInvalidValue;
+  if (p.rel_index || !fits_tiles(p, p.query, p.key, p.value)) return cudaErrorInvalidValue;
   if (p.batch * p.heads * p.q_len == 0) return cudaSuccess;
   const AttentionWorkspace w(p, p.workspace, false);
   if (const int error = expand_strips(p, w, s)) return error;

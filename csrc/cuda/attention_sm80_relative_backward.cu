@@ -25,6 +25,36 @@ struct RelativeQueries {
   int segment_ids[Tile::columns];
 };
 
+// The same on its way: read early, stored late, so that nobody waits for global memory.
+template <class Tile>
+struct RelativeQueriesAhead {
+  float strip, lse, delta, segments[2];
+  Interval seen;
+  int segment_id;
+  static_assert(Tile::columns <= Tile::threads && Tile::distances <= Tile::threads, "one of each per thread");
+
+  // first: of the tile's queries; start: of its strip.
+  PYEXT_DEVICE void read(const AttentionProblem& p, const RelativeWork& w, int64_t batch, int64_t head, int64_t first,
+                         int64_t start) {
+    const int64_t query = first + threadIdx.x, pair = batch * p.heads + head, at = start + threadIdx.x;
+    strip = p.diag && 0 <= at && at < w.strip_length ? w.strip_of(p, head)[at] : 0.0f;
+    const bool exists = threadIdx.x < Tile::columns && query < p.q_len;
+    lse = exists ? w.lse[pair * p.q_len + query] : 0.0f, delta = exists ? w.delta[pair * p.q_len + query] : 0.0f;
+    seen = exists ? visible(p, batch, query) : Interval{0, 0};
+    if (!p.segment) return;
+    segment_id = exists ? p.segment_q[batch * p.segment_q_batch + query] : 0;
+#pragma unroll
+    for (int same = 0; same < 2; ++same) segments[same] = exists ? segment_score(p, pair, query, same) : 0.0f;
+  }
+  PYEXT_DEVICE void store(const AttentionProblem& p, RelativeQueries<Tile>& to) const {
+    const int i = threadIdx.x;
+    if (i < Tile::distances) to.strip[i] = strip;
+    if (i >= Tile::columns) return;
+    to.lse[i] = lse, to.delta[i] = delta, to.seen[i] = seen;
+    if (p.segment) to.segment_ids[i] = segment_id, to.segments[i][0] = segments[0], to.segments[i][1] = segments[1];
+  }
+};
+
 // At 64 features two blocks share a Hopper, at up to 115,712 bytes each.
 template <class Tile>
 constexpr int relative_key_bytes() {
@@ -90,56 +120,45 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   // The queries that see a key of this block: steps of one head, then of the next that shares the keys.
   struct Step {
     int head, block;
+    bool all;  // its queries see all keys
   };
   const auto range = [&](const Step& step) { return w.range(p, batch, int64_t(step.block) * columns); };
   const auto settled = [&](Step step) {
     for (; step.head < heads_end; ++step.head, step.block = 0)
       for (; step.block < blocks; ++step.block)
-        if (range(step).meets(first_key, first_key + rows)) return step;
+        if (const Range seen = range(step); seen.meets(first_key, first_key + rows)) {
+          step.all = seen.covers(first_key, first_key + rows);
+          return step;
+        }
     return step;
   };
   // Distances fall from step to step: entries count from the last one on.
   const auto entry = [&](const Step& step) { return (blocks - 1 - step.block) * columns; };
   const int64_t origin = strip_start(p, int64_t(blocks) * columns - 1, first_key);
+  RelativeQueriesAhead<Tile> ahead;
   // follows: the step before is that of the queries before, and most of the band is there.
   const auto load = [&](const Step& step, int n, bool follows) {
-    const int64_t first = int64_t(step.block) * columns, pair = int64_t(batch) * p.heads + step.head;
-    load_tile<Tile::threads, columns>(queries(n), rows_of<T>(p.query, batch, step.head), p.query.row, first, p.q_len,
-                                      p.head_dim);
-    load_tile<Tile::threads, columns>(rel_queries(n), rows_of<T>(p.rel_query, batch, step.head), p.rel_query.row, first,
-                                      p.q_len, p.head_dim);
-    load_tile<Tile::threads, columns>(grads(n), rows_of<T>(p.grad_out, batch, step.head), p.grad_out.row, first,
-                                      p.q_len, p.value_dim);
+    const int64_t first = int64_t(step.block) * columns;
+    copy_rows<Tile, columns>(queries(n), p.query, batch, step.head, first, p.q_len, p.head_dim);
+    copy_rows<Tile, columns>(rel_queries(n), p.rel_query, batch, step.head, first, p.q_len, p.head_dim);
+    copy_rows<Tile, columns>(grads(n), p.grad_out, batch, step.head, first, p.q_len, p.value_dim);
     const int at = entry(step), count = follows ? columns : Tile::distances;
-    band.load(p.rel_q, batch, step.head, at, origin + at, count);
-    if (Tile::of_both) band_of_keys.load(p.rel_k, batch, step.head, at, origin + at, count);
+    band.load(w.rows.rows_of_queries<T>(p, batch, step.head), at, origin + at, count);
+    if (Tile::of_both) band_of_keys.load(w.rows.rows_of_keys<T>(p, batch, step.head), at, origin + at, count);
     ptx::cp_async_commit();
-    RelativeQueries<Tile>& info = infos[n % Tile::stages];
-    w.load_strip<Tile>(info.strip, p, step.head, origin + at);
-    if (threadIdx.x >= columns) return;
-    const int64_t query = first + threadIdx.x;
-    info.lse[threadIdx.x] = query < p.q_len ? w.lse[pair * p.q_len + query] : 0.0f;
-    info.delta[threadIdx.x] = query < p.q_len ? w.delta[pair * p.q_len + query] : 0.0f;
-    info.seen[threadIdx.x] = visible(p, batch, query);
-    if (!p.segment) return;
-    const bool exists = query < p.q_len;
-    info.segment_ids[threadIdx.x] = exists ? p.segment_q[batch * p.segment_q_batch + query] : 0;
-#pragma unroll
-    for (int same = 0; same < 2; ++same)
-      info.segments[threadIdx.x][same] = exists ? segment_score(p, pair, query, same) : 0.0f;
+    ahead.read(p, w, batch, step.head, first, origin + at);
   };
 
-  load_tile<Tile::threads, rows>(keys, rows_of<T>(p.key, batch, kv_head), p.key.row, first_key, p.k_len, p.head_dim);
-  load_tile<Tile::threads, rows>(values, rows_of<T>(p.value, batch, kv_head), p.value.row, first_key, p.k_len,
-                                 p.value_dim);
+  copy_rows<Tile, rows>(keys, p.key, batch, kv_head, first_key, p.k_len, p.head_dim);
+  copy_rows<Tile, rows>(values, p.value, batch, kv_head, first_key, p.k_len, p.value_dim);
   ptx::cp_async_commit();
   const SkewedRows<T, Tile, true> skewed_rows(reinterpret_cast<float*>(pieces.at));
   const int own = threadIdx.x / 32 * 16;
   int row_ids[2];
   if (p.segment) load_ids(row_ids, p.segment_k + batch * p.segment_k_batch, first_key + own + lane_row(), p.k_len);
   float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
-  const Step none{heads_end, 0};
-  Step step = none, loaded = none, next = settled({heads_end - sharing, 0});
+  const Step none{heads_end, 0, false};
+  Step step = none, loaded = none, next = settled({heads_end - sharing, 0, false});
   for (int n = 0;; ++n) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
@@ -151,8 +170,10 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     step = none;
     if (next.head < heads_end && (idle || (Tile::stages > 1 && follows))) {
       load(next, n + 1, follows);
-      step = loaded = next, next = settled({next.head, next.block + 1});
+      step = loaded = next, next = settled({next.head, next.block + 1, false});
     }
+    const bool stores_late = Tile::stages > 1 && !idle;
+    if (!stores_late && step.head < heads_end) ahead.store(p, infos[(n + 1) % Tile::stages]);
     if (idle) continue;
     const RelativeQueries<Tile>& info = infos[n % Tile::stages];
 
@@ -163,7 +184,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     if (Tile::of_both) skewed_rows.add_to(p_t);
     __syncthreads();  // all warps' products are there
     skewed.add_to(p_t);
-    to_weights<Tile>(p_t, p, info, row_ids, first_key, range(now).covers(first_key, first_key + rows));
+    to_weights<Tile>(p_t, p, info, row_ids, first_key, now.all);
     uint32_t left[1][N / 2][4];
     as_left<T>(left, p_t);
     multiply(grad_value, left, grads(n));
@@ -178,6 +199,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     as_left<T>(left, ds_t);
     multiply(grad_key, left, queries(n));
     if (Tile::of_both) skewed_rows.add_gradient(grad_key, ds_t, band_of_keys, entry(now));
+    if (stores_late && step.head < heads_end) ahead.store(p, infos[(n + 1) % Tile::stages]);
   }
   ptx::cp_async_wait<0>();
 
@@ -229,21 +251,17 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   const int64_t origin = strip_start(p, int64_t(first) + rows - 1, 0);
   const auto load = [&](int tile) {
     const int64_t at = int64_t(tile) * columns;
-    load_tile<Tile::threads, columns>(keys(tile), rows_of<T>(p.key, batch, kv_head), p.key.row, at, p.k_len,
-                                      p.head_dim);
-    load_tile<Tile::threads, columns>(values(tile), rows_of<T>(p.value, batch, kv_head), p.value.row, at, p.k_len,
-                                      p.value_dim);
+    copy_rows<Tile, columns>(keys(tile), p.key, batch, kv_head, at, p.k_len, p.head_dim);
+    copy_rows<Tile, columns>(values(tile), p.value, batch, kv_head, at, p.k_len, p.value_dim);
     const int before = tile == begin ? 0 : rows, entry = tile * columns + before, count = Tile::distances - before;
-    band.load(p.rel_q, batch, head, entry, origin + entry, count);
-    if (Tile::of_both) band_of_keys.load(p.rel_k, batch, head, entry, origin + entry, count);
+    band.load(w.rows.rows_of_queries<T>(p, batch, head), entry, origin + entry, count);
+    if (Tile::of_both) band_of_keys.load(w.rows.rows_of_keys<T>(p, batch, head), entry, origin + entry, count);
     ptx::cp_async_commit();
     w.load_strip<Tile>(strips + tile % Tile::stages * Tile::distances, p, head, origin + at);
   };
-  load_tile<Tile::threads, rows>(queries, rows_of<T>(p.query, batch, head), p.query.row, first, p.q_len, p.head_dim);
-  load_tile<Tile::threads, rows>(rel_queries, rows_of<T>(p.rel_query, batch, head), p.rel_query.row, first, p.q_len,
-                                 p.head_dim);
-  load_tile<Tile::threads, rows>(grads, rows_of<T>(p.grad_out, batch, head), p.grad_out.row, first, p.q_len,
-                                 p.value_dim);
+  copy_rows<Tile, rows>(queries, p.query, batch, head, first, p.q_len, p.head_dim);
+  copy_rows<Tile, rows>(rel_queries, p.rel_query, batch, head, first, p.q_len, p.head_dim);
+  copy_rows<Tile, rows>(grads, p.grad_out, batch, head, first, p.q_len, p.value_dim);
   ptx::cp_async_commit();
 
   const int own = threadIdx.x / 32 * 16;
@@ -275,7 +293,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     }
     finish_scores<Tile, true>(s, float(p.scale) * kLog2e, strips + tile % Tile::stages * Tile::distances, seen.of,
                               first_key, range.covers(first_key, first_key + columns));
-    const uint32_t same = p.segment ? segments.add_to(s, p, batch, first_key) : 0;
+    const uint32_t same = p.segment ? segments.add_to(s[0], p, batch, first_key) : 0;
     multiply_transposed(ds, grads, own, values(tile));
     to_score_gradients(ds, s, lse, delta);
     if (p.grad_segment) {
@@ -347,6 +365,9 @@ struct RelativeWorkspace {
     };
     take(work.of_queries, p.grad_rel_q, p.head_dim), take(work.of_keys, p.grad_rel_k, p.head_dim);
     take(work.of_bias, p.grad_diag, 1);
+    const RelativeRows rows(p);
+    work.rows = {static_cast<char*>(memory) + bytes, static_cast<char*>(memory) + bytes + rows.bytes};
+    bytes += rows.bytes + rows.bytes_of_keys;
   }
 };
 
@@ -371,6 +392,7 @@ int sum_table(const RelativeWorkspace& w, const float* by_distance, const int32_
 template <class T, class Tile>
 int launch_relative(const AttentionProblem& p, const RelativeWorkspace& w, cudaStream_t stream) {
   if (const int error = prepare<T>(p, w.base, stream)) return error;
+  if (const int error = write_rows<T, RowOrder::natural, RowOrder::natural>(p, w.work.rows, stream)) return error;
   const auto launch = [&](auto kernel, int64_t blocks, int shared_bytes) {
     return launch_blocks(kernel, blocks, Tile::threads, shared_bytes, stream, p, w.work);
   };

@@ -427,7 +427,10 @@ template <class T>
 int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
   if (p.rel_q.data) {
-    if (const int error = expand_rows<T>(p, static_cast<char*>(p.workspace) + w.bytes, stream)) return error;
+    void* const rows = static_cast<char*>(p.workspace) + w.bytes;
+    if (const int error =
+            expand_rows<T, RowOrder::of_bands>(p, p.rel_q, p.rel_q_heads, RelativeRows(p).bytes, rows, stream))
+      return error;
     if (width <= 64) return launch_forward<T, HopperTile<64, 2, kBand, true, true>, false>(p, w, stream);
     return launch_forward<T, HopperTile<128, 2, kBand, true, true>, false>(p, w, stream);
   }

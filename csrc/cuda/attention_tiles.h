@@ -67,6 +67,26 @@ PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T,
   }
 }
 
+// The same with the left operand in registers.
+template <int M, int N, int K, class Rows>
+PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const uint32_t (&left)[M][K][4], const Rows& b) {
+  using T = typename Rows::Element;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      uint32_t right[4];
+      ptx::ldmatrix(right, b.at(8 * j + lane % 8 + lane / 16 * 8, 16 * k + lane / 8 % 2 * 8));
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        ptx::mma<T>(sum[i][j], left[i][k], {right[0], right[1]});
+        ptx::mma<T>(sum[i][j + 1], left[i][k], {right[2], right[3]});
+      }
+    }
+  }
+}
+
 // An accumulator rounded to T, as the left operand of a product with 8 N rows.
 template <class T, int M, int N>
 PYEXT_DEVICE void as_left(uint32_t (&left)[M][N / 2][4], const float (&sum)[M][N][4]) {
@@ -326,10 +346,10 @@ struct SegmentRows {
     }
   }
 
-  // Bit 4 j + e of the result: s[0][j][e] is of a query and a key of the same segment. Keys that do not exist pass for
-  // the nearest one.
+  // Bit 4 j + e of the result: s[j][e] is of a query and a key of the same segment. Keys that do not exist pass for the
+  // nearest one.
   template <int N>
-  PYEXT_DEVICE uint32_t add_to(float (&s)[1][N][4], const AttentionProblem& p, int64_t batch, int first_key) const {
+  PYEXT_DEVICE uint32_t add_to(float (&s)[N][4], const AttentionProblem& p, int64_t batch, int first_key) const {
     const int32_t* of_keys = p.segment_k + batch * p.segment_k_batch;
     uint32_t bits = 0;
 #pragma unroll
@@ -340,7 +360,7 @@ struct SegmentRows {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const bool same = ids[half] == id;
-          s[0][j][2 * half + e] += same ? scores[half][1] : scores[half][0];
+          s[j][2 * half + e] += same ? scores[half][1] : scores[half][0];
           bits |= uint32_t(same) << (4 * j + 2 * half + e);
         }
       }

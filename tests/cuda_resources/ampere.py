@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -37,14 +38,25 @@ class Tile:
 
     @classmethod
     def of(cls, kernel: Kernel) -> Tile:
-        if match := re.search(r"(\w*)Tile(\w*)<(\d+), (\d+), (\d+), (\d+)(?:, \d+)?>, (\w+)", kernel.name):
-            width, m, warps, columns = map(int, match.groups()[2:6])
-            kind = {"Forward": "forward", "Relative": "relative"}[match[1]] + (", both" if match[2] else "")
-            tiles = TILES[width]
-            shared = {"forward": tiles.forward, "relative": tiles.relative}.get(kind, tiles.relative_both)
-            rows, bias = 16 * m * warps, "diagonal" if match[7] == "true" else ""
-            moved = 4 * columns * width
+        if match := re.search(r"(Forward|Relative)Tile<(\d+), (\d+), (\d+), ([\w, ]+)>, (\w+)", kernel.name):
+            width, m, warps = map(int, match.groups()[1:4])
+            rows, bias = 16 * m * warps, "diagonal" if match[6] == "true" else ""
+            if match[1] == "Forward":
+                kind, columns, shared = "forward", int(match[5].split(",")[0]), TILES[width].forward
+            elif match[5].endswith("true"):
+                kind, columns, shared = "relative, both", 32, TILES[width].relative_both
+            else:
+                kind, columns, shared = "relative", 32, TILES[width].relative
+            tables = ("forward", "relative", "relative, both").index(kind)
+            moved = 2 * (2 + tables) * columns * width
             return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, moved, shared)
+        if match := re.search(r"_relative_(keys|queries)<\w+, RelativeBackward<(\d+), (\w+)>", kernel.name):
+            width, both = int(match[2]), match[3] == "true"
+            shared = TILES[width].relative_both_backward if both else TILES[width].relative_backward
+            kind = "dK, dV" if match[1] == "keys" else "dQ"
+            tables = 1 + both + (match[1] == "keys")  # there, those of the queries' side, too
+            moved, bias = 2 * (2 + tables) * 32 * width, "rows of both" if both else "rows"
+            return cls(kind, width, 4, 64, 32, bias, 10 * 64 * 32 * width, moved, shared)
         match = re.search(r"_backward<\w+, BackwardTile<([\d, ]+)>, (\w+), (\w+)>", kernel.name)
         width, m, warps, columns = map(int, match[1].split(", ")[:4])
         gradient = match[3] == "true"
@@ -57,7 +69,8 @@ class Tile:
 def code(kernel: Kernel) -> list[tuple[Instruction, int]]:
     """Of a warp, per tile that no mask cuts."""
     tile = Tile.of(kernel)
-    every = per_tile(kernel, tile.width, tile.columns * tile.width // 8 // (32 * tile.warps))
+    copies = 1 if "_relative_" in kernel.name else tile.columns * tile.width // 8 // (32 * tile.warps)
+    every = per_tile(kernel, tile.width, copies)
     full = {i.address for i in of_full_tiles([i for i, _ in every])}
     return [(i, times) for i, times in every if i.address in full]
 
@@ -153,7 +166,11 @@ class Prediction:
 
 def predictions(stem: str) -> list[Prediction]:
     source = next(source for source in SOURCES if source.stem == stem)
-    every = [Prediction.of(k) for k in kernels(source, "sm_80") if "<bf16" in k.name and k.uses("HMMA")]
+    every = [
+        Prediction.of(k)
+        for k in kernels(source, "sm_80")
+        if "<bf16" in k.name and k.uses("HMMA") and "_relative_distances" not in k.name
+    ]
     return sorted((p for p in every if p), key=lambda p: (p.tile.kind, p.tile.width))
 
 
@@ -173,11 +190,21 @@ def of(stem: str) -> Iterator[list]:
         yield [*_cells(p), *_speed(p.tile.flops, p.cycles)]
 
 
+def of_relative_backward() -> Iterator[list]:
+    """Of the kernels that have a block of keys or of queries; those of tables are not in it."""
+    every = {(p.tile.kind, p.tile.width, p.tile.bias): p for p in predictions("attention_sm80_relative_backward")}
+    for width, bias in itertools.product((64, 128), ("rows", "rows of both")):
+        keys, queries = every["dK, dV", width, bias], every["dQ", width, bias]
+        yield [*_cells(keys), "", "", ""]
+        yield [*_cells(queries), *_speed(queries.tile.flops, keys.cycles + queries.cycles)]
+
+
 def main() -> None:
     titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit")
-    speeds = ("at most", "predicted", "of peak")
-    for stem in ("attention_sm80", "attention_sm80_backward"):
-        print("\n".join([*table((*titles, *speeds), of(stem)), ""]))
+    titles = (*titles, "at most", "predicted", "of peak")
+    forward = (row for stem in ("attention_sm80", "attention_sm80_relative") for row in of(stem))
+    for rows in (forward, of("attention_sm80_backward"), of_relative_backward()):
+        print("\n".join([*table(titles, rows), ""]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Copies, which a thread makes 16 bytes at a time, are loops, too.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 
@@ -19,11 +20,12 @@ KERNELS: dict[str, Callable[..., int]] = {
     r"attention_forward<\w+, ForwardTile<(\d+), (\d+), \d+, (\d+), \d+>, \w+>": (
         lambda width, m, columns: 2 * 16 * m * columns * width
     ),
-    r"attention_forward<\w+, RelativeTile<(\d+), 1, \d+, (\d+)>, \w+>": (
-        lambda width, columns: 3 * 16 * columns * width
+    r"attention_relative_forward<\w+, RelativeTile<(\d+), (\d+), \d+, \d+, false>, \w+>": (
+        lambda width, m: 3 * 16 * m * 32 * width
     ),
-    r"attention_forward<\w+, RelativeTileOfBoth<(\d+), 1, (\d+), (\d+)>, \w+>": (
-        lambda width, warps, columns: (3 * 16 * columns + columns * (16 * warps + columns) // warps) * width
+    # With 32 keys, and 8 distances in each of a warp's turns.
+    r"attention_relative_forward<\w+, RelativeTile<(\d+), 1, (\d+), \d+, true>, \w+>": (
+        lambda width, warps: (3 * 16 * 32 + 32 * 8 * math.ceil((16 * warps + 32) / 8 / warps)) * width
     ),
     r"attention_backward<\w+, BackwardTile<(\d+), (\d+), \d+, (\d+), \d+, \d+, \d+>, \w+, \w+>": (
         lambda width, m, queries: 5 * 16 * m * queries * width

@@ -67,12 +67,12 @@ def count(code: list[Instruction], *names: str) -> int:
 
 
 def of_full_tiles(body: list[Instruction]) -> list[Instruction]:
-    """Without what masks need, which a forward branch skips on all but edge tiles."""
+    """Without what masks need, which a forward branch skips on all but edge tiles, and what segments need."""
     skipped: set[int] = set()
     for branch in body:
         if branch.target is not None and branch.address < branch.target <= body[-1].address:
             inside = [i for i in body if branch.address < i.address < branch.target]
             names = Counter(i.name for i in inside)
-            if names["FSEL"] >= 32 and not (names["HGMMA"] or names["HMMA"] or names["MUFU"]):
+            if names["FSEL"] >= 16 and not (names["HGMMA"] or names["HMMA"] or names["MUFU"]):
                 skipped |= {i.address for i in inside}
     return [i for i in body if i.address not in skipped]

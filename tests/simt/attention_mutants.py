@@ -14,6 +14,7 @@ RUNS = [
 ]
 _Forward = functools.partial(Mutant, "attention_sm80")
 _Backward = functools.partial(Mutant, "attention_sm80_backward")
+_Rows = functools.partial(Mutant, "attention_sm80_relative")
 _Relative = functools.partial(Mutant, "attention_sm80_relative_backward")
 
 MUTANTS = [
@@ -68,48 +69,38 @@ MUTANTS = [
         "lane % 16, k + lane / 16 * 8",
         "plain",
     ),
-    _Forward(
+    _Rows(
         "relative rows skewed by one",
-        "first + Tile::rows - 1 - threadIdx.x",
-        "first + Tile::rows - threadIdx.x",
+        "16 * M % columns + lane_row() + lane",
+        "16 * M % columns + lane_row() + 1 + lane",
         "relative",
     ),
-    _Forward(
+    _Rows("rows below not moved", "(j - octet) & 2 * N - 1", "j", "relative"),
+    _Rows("odd tiles in the columns of even ones", "first + n + (tile & 1) * columns &", "first + n &", "relative"),
+    _Rows(
         "products read before all lanes wrote",
-        "first + 8 * j + lane_column() + e % 2) = sum[0][j][e];\n    }\n    __syncwarp();",
-        "first + 8 * j + lane_column() + e % 2) = sum[0][j][e];\n    }",
+        "[octet % 2 * 2 + n % 2];\n    }\n    __syncwarp();",
+        "[octet % 2 * 2 + n % 2];\n    }",
         "relative",
     ),
-    _Forward(
-        "relative rows overwritten while others use them",
-        "__syncthreads();  // all are done with the stages",
-        "// the stages",
-        "relative",
+    _Rows(
+        "queries overwritten while others read them", "__syncthreads();  // all have theirs", "// theirs", "relative"
     ),
-    _Forward(
-        "half of the ring empty before the first tile",
-        "before = tile - 2; before < tile; ++before) multiply",
-        "before = tile - 1; before < tile; ++before) multiply",
-        "relative",
+    _Rows("bands overwritten while others use them", "n % (units + 1)", "n % units", "relative"),
+    _Rows("no band before the first tile", "relative.multiply_band(begin - 1);", "", "relative"),
+    _Rows(
+        "distances that do not occur",
+        "0 <= u && u < p.q_len + p.k_len - 1 ? p.rel_index[u] : -1",
+        "p.rel_index[u]",
+        "clipped",
     ),
-    _Forward("relative rows in one stage", "(tile & 1) * Tile::columns", "0 * Tile::columns", "relative"),
-    _Forward("distances that do not occur", "0 <= u && u < length ? p.rel_index[u] : -1", "p.rel_index[u]", "clipped"),
-    _Forward("relative rows of the first head", "head * p.rel_q.head", "0", "clipped"),
-    _Forward(
-        "products of other warps read too early", "__syncthreads();  // all warps' products are there", "", "both"
-    ),
-    _Forward(
-        "a square of products left out", "(squares + Tile::warps - 1) / Tile::warps", "squares / Tile::warps", "both"
-    ),
-    _Forward(
-        "two blocks of relative rows for keys, not four",
-        "ring_rows = 4 * Tile::columns",
-        "ring_rows = 2 * Tile::columns",
-        "both",
-    ),
-    _Forward(
-        "keys' products of another query", "key * pitch + key - row - e / 2 * 8", "key * pitch + key - row", "both"
-    ),
+    _Rows("relative rows of the first head", "(heads == 1 ? 0 : head)", "0", "clipped"),
+    _Rows("too little room for rows", "rows.bytes + rows.bytes_of_keys; }", "rows.bytes; }", "both"),
+    _Rows("products of other warps read too early", "__syncthreads();  // all warps' products are there", "", "both"),
+    _Rows("eight of a tile's distances left out", "warp, octets - 1)", "warp, octets - 2)", "both"),
+    _Rows("bands of keys overwritten while they are read", "n % (units + 2)", "n % (units + 1)", "both"),
+    _Rows("keys' products of another query", "- e % 2 * 4) * pitch", "- e % 2) * pitch", "both"),
+    _Rows("scores of segments swapped", "same ? scores[half][1]", "!same ? scores[half][1]", "segments"),
     _Backward(
         "tiles of queries are not waited for",
         "ptx::cp_async_wait<0>();\n    __syncthreads();  // this",
@@ -191,8 +182,11 @@ MUTANTS = [
     ),
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
-    _Forward("scores of segments swapped", "same ? scores[half][1]", "!same ? scores[half][1]", "segments"),
     _Relative("keys before the first are read", "(!before || first + row >= 0)", "true", "both"),
+    _Relative("what queries bring in one place", "infos[n % Tile::stages];", "infos[0];", "relative"),
+    _Relative(
+        "a ring of distances without an end", "(group < Tile::ring ? group : group - Tile::ring)", "group", "relative"
+    ),
     _Relative(
         "most of a band taken as there",
         "follows = next.head == loaded.head && next.block == loaded.block + 1;",

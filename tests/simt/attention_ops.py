@@ -62,6 +62,8 @@ def _run(launch, p: AttentionProblem, results: dict[str, Tensor], inputs: dict[s
 
 def forward(launch, *arguments):
     call = Call(*arguments)
+    if call.rel_q is not None and launch.operator == "attention_forward":
+        launch = launch.of("attention_relative_forward")
     p, inputs = _problem(call)
     out = _fresh(p.batch, p.heads, p.q_len, p.value_dim, call.query)
     lse = torch.empty(p.batch, p.heads, p.q_len, dtype=torch.float64)

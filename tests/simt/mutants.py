@@ -43,8 +43,11 @@ SMALL = {
     "moe_dispatch": _ROUNDS,
     "attention_sm80": (
         ("ForwardTile<64, 2, 4, 32, 3>", "ForwardTile<64, 2, 2, 16, 3>"),
-        *((f"RelativeTile{of}<64, 1, 4, 32>", f"RelativeTile{of}<64, 1, 2, 16>") for of in ("", "OfBoth")),
-        ("entries = 128", "entries = 64"),
+        _ROUNDS[1],
+    ),
+    "attention_sm80_relative": (
+        ("RelativeTile<64, 2, 4, 2, false>", "RelativeTile<64, 2, 1, 2, false>"),
+        ("RelativeTile<64, 1, 8, 1, true>", "RelativeTile<64, 1, 2, 1, true>"),
         _ROUNDS[1],
     ),
     "attention_sm80_backward": (
@@ -79,10 +82,12 @@ _CUTS = {
         ("return of_type(bf16());", _REFUSED),
         *((_OTHER_WIDTHS(n, "with_bias", f"ForwardTile<{n}, 2, 4, {m}, 2>"), "") for n, m in ((96, 64), (128, 32))),
         (_OTHER_WIDTHS(256, "with_bias", "ForwardTile<256, 1, 8, 32>"), ""),
+    ),
+    "attention_sm80_relative": (
+        ("return of_type(bf16());", _REFUSED),
         *(
-            (_OTHER_WIDTHS(n, "with_bias", f"RelativeTile{of}<{n}, 1, 4, 32>"), "")
-            for n in (96, 128)
-            for of in ("", "OfBoth")
+            (_OTHER_WIDTHS(tile[0], "with_bias", "RelativeTile<{}, {}, {}, {}, {}>".format(*tile)), "")
+            for tile in ((96, 1, 4, 2, "false"), (128, 1, 4, 2, "false"), (96, 1, 6, 1, "true"), (128, 1, 4, 1, "true"))
         ),
     ),
     "attention_sm80_backward": (
@@ -200,7 +205,8 @@ def check(stem: str, dtype: torch.dtype, seed: int, probe: str = "") -> None:
     for stems, probes, look in (
         ("moe_route", moe_probes.ROUTES, moe_probes.check_route),
         ("moe_dispatch", moe_probes.ROWS, moe_probes.check_rows),
-        ("attention_sm80", attention_probes.FORWARD, attention_probes.check),
+        ("attention_sm80", attention_probes.PROBES, attention_probes.check),
+        ("attention_sm80_relative", attention_probes.RELATIVE, attention_probes.check),
         ("attention_sm80_backward", attention_probes.PROBES, attention_probes.check),
         ("attention_sm80_relative_backward", attention_probes.RELATIVE, attention_probes.check),
     ):

@@ -25,7 +25,7 @@ from .runtime import Machine, machine
 Tensor = torch.Tensor
 STEMS = (
     *("rotary", "glu", "moe_route", "moe_dispatch"),
-    *("attention_sm80", "attention_sm80_backward", "attention_sm80_relative_backward"),
+    *("attention_sm80", "attention_sm80_backward", "attention_sm80_relative", "attention_sm80_relative_backward"),
 )
 SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in STEMS}
 #: In place of those for sm_80, for what csrc/cuda/attention_sm90*.cu take.
@@ -211,4 +211,7 @@ OPERATORS = {
     "attention_backward": ("attention_sm80_backward", "query", attention_ops.backward),
 }
 #: name: {launcher: source} of those that an operator has besides.
-VARIANTS = {"attention_backward": {"attention_relative_backward": "attention_sm80_relative_backward"}}
+VARIANTS = {
+    "attention_forward": {"attention_relative_forward": "attention_sm80_relative"},
+    "attention_backward": {"attention_relative_backward": "attention_sm80_relative_backward"},
+}

@@ -247,6 +247,7 @@ def compare(drawn: Drawn, got: dict, reference: dict, eager: dict) -> None:
             magnitude=magnitude.get(name),
             floor=floor[name] * torch.finfo(drawn.dtype).eps if name in floor else None,
             independent=drawn.case.shape.b * drawn.case.shape.hq * drawn.case.shape.lq,
+            dtype=drawn.dtype,  # computed in it, whatever holds the result
         )
 
 

@@ -154,7 +154,7 @@ MUTANTS = [
     ),
     _Backward("what comes next is stored too early", "stages[(n + 1) % 2]", "stages[n % 2]", "causal"),
     _Backward("the gradient of the LSE forgotten", "p.grad_lse ? sum - float(p.grad_lse[at]) : sum", "sum", "plain"),
-    _Backward("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "many queries"),
+    _Relative("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "grouped"),
     _Backward(
         "one head of those that share keys",
         "w.steps ? heads_end - sharing : heads_end",

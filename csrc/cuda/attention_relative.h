@@ -203,19 +203,12 @@ struct RelativeScores {
     load(queries_at(0), p.query), load(queries_at(Tile::rel_query_at), p.rel_query);
   }
   PYEXT_DEVICE void read_queries() {
-    read_left(queries, queries_at(0));
-    if (Tile::in_registers) read_left(rel_queries, queries_at(Tile::rel_query_at));
+    const int row = threadIdx.x / 32 * 16 * M;
+    read_left(queries, queries_at(0), row);
+    if (Tile::in_registers) read_left(rel_queries, queries_at(Tile::rel_query_at), row);
     __syncthreads();  // all have theirs: something else may be there
   }
   PYEXT_DEVICE Rows queries_at(int at) const { return {reinterpret_cast<T*>(shared + at)}; }
-  PYEXT_DEVICE void read_left(uint32_t (&left)[M][width / 16][4], const Rows& from) const {
-    const int row = threadIdx.x / 32 * 16 * M + threadIdx.x % 16, column = threadIdx.x % 32 / 16 * 8;
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-#pragma unroll
-      for (int k = 0; k < width / 16; ++k) ptx::ldmatrix(left[i][k], from.at(row + 16 * i, 16 * k + column));
-    }
-  }
 
   PYEXT_DEVICE void multiply_band(int tile) const {
     const int row = threadIdx.x / 32 * 16 * M;

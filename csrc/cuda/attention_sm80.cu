@@ -14,6 +14,7 @@ template <int width_, int M_, int warps_, int columns_, int blocks_ = 1>
 struct ForwardTile {
   static constexpr int width = width_, M = M_, warps = warps_, columns = columns_, blocks = blocks_,
                        threads = 32 * warps, rows = 16 * M * warps, N = columns / 8, strip = rows + columns;
+  static constexpr bool keeps_queries = M == 1;  // in registers: 16 rows leave room for them
   static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) + int(sizeof(float)) * 2 * strip +
                                       int(sizeof(Visible<threads, rows>));
 };
@@ -59,7 +60,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   load_key(begin), load_value(begin), read_strip(begin);
   if (biased) ahead.store(strip + begin % 2 * Tile::strip);
 
-  const int row = threadIdx.x / 32 * 16 * M + lane_row();
+  const int own = threadIdx.x / 32 * 16 * M, row = own + lane_row();
+  uint32_t left[M][Tile::keeps_queries ? width / 16 : 1][4];
+  if (Tile::keeps_queries) {
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // the queries are there, for all
+    read_left(left, q, own);
+  }
   OnlineSoftmax<M> softmax(1);
   float out[M][width / 8][4] = {}, factor[M][2];
   for (int tile = begin; tile < end; ++tile) {
@@ -67,7 +74,10 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     __syncthreads();  // the tile's keys are there, for all, and all are done with the values before
     load_key(tile + 1), read_strip(tile + 1);
     float s[M][N][4] = {};
-    multiply_transposed<M, N>(s, q, threadIdx.x / 32 * 16 * M, stage(tile % 2));
+    if constexpr (Tile::keeps_queries)
+      multiply_transposed(s, left, stage(tile % 2));
+    else
+      multiply_transposed<M, N>(s, q, own, stage(tile % 2));
     if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
     finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
                                 range.covers(tile * columns, tile * columns + columns));
@@ -84,7 +94,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
 
   softmax.finish(factor, p.lse + pair * p.q_len, first + row, p.q_len);
   T* result = static_cast<T*>(p.out.data) + batch * p.out.batch + head * p.out.head;
-  store_rows(result, p.out.row, int64_t(first) + row - lane_row(), p.q_len, p.value_dim, out, factor);
+  store_rows(result, p.out.row, int64_t(first) + own, p.q_len, p.value_dim, out, factor);
 }
 
 template <class T, class Tile, bool biased>
@@ -100,7 +110,8 @@ int with_bias(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream
   return p.diag ? launch_forward<T, Tile, true>(p, w, stream) : launch_forward<T, Tile, false>(p, w, stream);
 }
 
-// A warp has 32 rows, so that what it loads of K and V serves two products; at 256 features its registers hold 16.
+// A warp has 32 rows, so that what it loads of K and V serves two products; at 256 features its registers hold 16, and
+// their queries.
 // Tiles of 32 keys leave registers and shared memory to more blocks.
 template <class T>
 int with_width(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {

@@ -67,7 +67,18 @@ PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const SharedTile<T,
   }
 }
 
-// The same with the left operand in registers.
+// The left operand of a product in registers: 16 M rows of a from `a_row` on.
+template <int M, int K, class Rows>
+PYEXT_DEVICE void read_left(uint32_t (&left)[M][K][4], const Rows& a, int a_row) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) ptx::ldmatrix(left[i][k], a.at(a_row + 16 * i + lane % 16, 16 * k + lane / 16 * 8));
+  }
+}
+
+// The same product with the left operand in registers.
 template <int M, int N, int K, class Rows>
 PYEXT_DEVICE void multiply_transposed(float (&sum)[M][N][4], const uint32_t (&left)[M][K][4], const Rows& b) {
   using T = typename Rows::Element;

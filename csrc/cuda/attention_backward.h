@@ -48,25 +48,26 @@ __global__ void __launch_bounds__(rows < kLanes ? kLanes : rows)
 // What a tile of queries brings besides its rows to a block of keys.
 template <int keys, int queries>
 struct QueryStageOf {
-  static constexpr int strip_entries = keys + queries;
+  static constexpr int count = queries, strip_entries = keys + queries;
   float strip[strip_entries], lse[queries], delta[queries];
   Interval seen[queries];
 };
 using QueryStage = QueryStageOf<kBlockRows, kStepRows>;
 
 // Products become weights. `row`: the lane's first one of the block of keys that begins at `first_key`; all: whether
-// every query sees all of them.
+// every query sees all of them; first_query: of the tile's.
 template <bool biased, int M, int N, class Stage>
-PYEXT_DEVICE void to_weights(float (&p_t)[M][N][4], float scale, const Stage& stage, int row, int first_key, bool all) {
+PYEXT_DEVICE void to_weights(float (&p_t)[M][N][4], float scale, const Stage& stage, int row, int first_key, bool all,
+                             int first_query = 0) {
 #pragma unroll
   for (int i = 0; i < M; ++i) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int query = 8 * j + lane_column() + e % 2, at = row + 16 * i + e / 2 * 8;
+        const int query = first_query + 8 * j + lane_column() + e % 2, at = row + 16 * i + e / 2 * 8;
         float& x = p_t[i][j][e];
-        const float s = biased ? fmaf(x, scale, stage.strip[at - query + 8 * N - 1]) : x * scale;
+        const float s = biased ? fmaf(x, scale, stage.strip[at - query + Stage::count - 1]) : x * scale;
         x = ptx::exp2_approx(s - stage.lse[query]);
       }
     }
@@ -78,7 +79,7 @@ PYEXT_DEVICE void to_weights(float (&p_t)[M][N][4], float scale, const Stage& st
     for (int j = 0; j < N; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const Interval seen = stage.seen[8 * j + lane_column() + e];
+        const Interval seen = stage.seen[first_query + 8 * j + lane_column() + e];
         const int key = first_key + row + 16 * i - seen.begin, length = seen.end - seen.begin;
         p_t[i][j][e] = unsigned(key) < unsigned(length) ? p_t[i][j][e] : 0;
         p_t[i][j][e + 2] = unsigned(key + 8) < unsigned(length) ? p_t[i][j][e + 2] : 0;
@@ -107,15 +108,17 @@ struct QueryTile {
   static constexpr int M = 1, N = kN, columns = kStepRows, rows = kBlockRows, strip = rows + columns;
 };
 
-// Sums of tiles of 16 M rows for each of `warps` and 8 N columns along their diagonals. A warp's rows have diagonals in
+// Sums of tiles along their diagonals: of 16 M rows and 8 N columns for each of `warps`, `across` of them side by side.
+// A warp's rows have diagonals in
 // octets: lane (g, t) holds, of each 8 x 8 block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and
 // 2 t + 1 - g of it: on the same two of every octet. Carrying, tiles come from left to right without a gap, and the
 // octets of a tile that are the first ones of the next one are carried there.
-template <int warps, int M, int N, bool carries>
+template <int warps, int M, int N, bool carries, int across = 1>
 struct DiagonalSums {
   static constexpr int carried_octets = 2 * M, octets = carries ? N : N + carried_octets, of_warp = 8 * octets;
   static constexpr int half = (octets + 1) / 2, quarter = (half + 1) / 2, eighth = (quarter + 1) / 2;
-  static constexpr int entries = 16 * M * (warps - 1) + of_warp, floats = warps * of_warp;
+  static constexpr int down = warps / across, entries = 16 * M * (down - 1) + 8 * N * (across - 1) + of_warp,
+                       floats = warps * of_warp;
   float* sums;  // (warps, octets, 8 diagonals), of a warp the first at distance -16 M from its corner
 
   PYEXT_DEVICE explicit DiagonalSums(float* shared) : sums(shared) {}
@@ -166,7 +169,7 @@ struct DiagonalSums {
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < warps; ++warp) {
-      const int at = i - 16 * M * (warps - 1 - warp);
+      const int at = i - 16 * M * (down - 1 - warp / across) - 8 * N * (warp % across);
       if (0 <= at && at < of_warp) sum += sums[warp * of_warp + at];
     }
     return sum;

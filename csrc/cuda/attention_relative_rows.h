@@ -18,24 +18,6 @@ PYEXT_DEVICE T* rows_of(const Output& t, int64_t batch, int64_t head) {
   return static_cast<T*>(t.data) + batch * t.batch + head * t.head;
 }
 
-// Starts the copy of `rows` rows from `from` on, of which `count` exist, zeros for others and beyond `columns`. As
-// load_tile, but a thread has chunks of one column, and all of their addresses at once.
-template <int threads, int rows, class T, int width>
-PYEXT_DEVICE void copy_tile(const SharedTile<T, width>& tile, const T* from, int64_t row_stride, int64_t count,
-                            int64_t columns) {
-  constexpr int chunks = width / 8, step = threads / chunks;
-  if constexpr (threads % chunks || rows % step) {
-    load_tile<threads, rows>(tile, from, row_stride, 0, count, columns);
-  } else {
-    const int row = threadIdx.x / chunks, column = threadIdx.x % chunks * 8;
-    const int exist = column < columns ? int(max(int64_t(-1), min(count, int64_t(rows)))) - row : 0;
-    const T* at = from + row * row_stride + column;
-#pragma unroll
-    for (int n = 0; n < rows; n += step, at += step * row_stride)
-      ptx::cp_async(tile.at(row + n, column), at, n < exist);
-  }
-}
-
 struct RelativeRows {
   int64_t count;  // rows of a head: distances from -origin on
   int origin;

@@ -15,8 +15,12 @@ struct ForwardTile {
   static constexpr int width = width_, M = M_, warps = warps_, columns = columns_, blocks = blocks_,
                        threads = 32 * warps, rows = 16 * M * warps, N = columns / 8, strip = rows + columns;
   static constexpr bool keeps_queries = M == 1;  // in registers: 16 rows leave room for them
-  static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) + int(sizeof(float)) * 2 * strip +
-                                      int(sizeof(Visible<threads, rows>));
+  struct Shared {  // behind the tiles; what registers would have to keep through the loop is here, too
+    float strips[2][strip];
+    Visible<threads, rows> seen;
+    int batch, head, first;
+  };
+  static constexpr int shared_bytes = 2 * tile_elements<width>(rows + 4 * columns) + int(sizeof(Shared));
 };
 
 template <class T, class Tile, bool biased>
@@ -26,8 +30,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   PYEXT_SHARED(T, shared);
   const SharedTile<T, width> q{shared};
   const auto stage = [&](int n) { return SharedTile<T, width>{q.at(Tile::rows + n * columns, 0)}; };
-  float* const strip = reinterpret_cast<float*>(q.at(Tile::rows + 4 * columns, 0));
-  auto& seen = *reinterpret_cast<Visible<threads, Tile::rows>*>(strip + 2 * Tile::strip);
+  auto& other = *reinterpret_cast<typename Tile::Shared*>(q.at(Tile::rows + 4 * columns, 0));
 
   // The last queries first: under a causal mask they have most to do.
   const int blocks = int(ceil_div(p.q_len, Tile::rows)), heads = int(p.heads), pair = blockIdx.x / blocks;
@@ -36,9 +39,10 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + head * p.query.head;
   const T* key = static_cast<const T*>(p.key.data) + batch * p.key.batch + kv_head * p.key.head;
   const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
+  if (threadIdx.x == 0) other.batch = batch, other.head = head, other.first = first;
   if (biased) strips += p.diag_heads == 1 ? 0 : head * strip_length;
 
-  const Range range = find_visible(p, batch, first, seen);
+  const Range range = find_visible(p, batch, first, other.seen);
   const int begin = range.begin / columns, end = range.end ? (range.end - 1) / columns + 1 : begin;
   const auto load_key = [&](int tile) {
     if (tile < end)
@@ -58,7 +62,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   };
   load_tile<threads, Tile::rows>(q, query, p.query.row, first, p.q_len, p.head_dim);
   load_key(begin), load_value(begin), read_strip(begin);
-  if (biased) ahead.store(strip + begin % 2 * Tile::strip);
+  if (biased) ahead.store(other.strips[begin % 2]);
 
   const int own = threadIdx.x / 32 * 16 * M, row = own + lane_row();
   uint32_t left[M][Tile::keeps_queries ? width / 16 : 1][4];
@@ -78,8 +82,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
       multiply_transposed(s, left, stage(tile % 2));
     else
       multiply_transposed<M, N>(s, q, own, stage(tile % 2));
-    if (biased) ahead.store(strip + (tile + 1) % 2 * Tile::strip);
-    finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, strip + tile % 2 * Tile::strip, seen.of, tile * columns,
+    if (biased) ahead.store(other.strips[(tile + 1) % 2]);
+    finish_scores<Tile, biased>(s, float(p.scale) * kLog2e, other.strips[tile % 2], other.seen.of, tile * columns,
                                 range.covers(tile * columns, tile * columns + columns));
     softmax.add(s, factor);
     scale_rows(out, factor);
@@ -92,9 +96,10 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   }
   ptx::cp_async_wait<0>();
 
-  softmax.finish(factor, p.lse + pair * p.q_len, first + row, p.q_len);
-  T* result = static_cast<T*>(p.out.data) + batch * p.out.batch + head * p.out.head;
-  store_rows(result, p.out.row, int64_t(first) + own, p.q_len, p.value_dim, out, factor);
+  const int64_t b = other.batch, h = other.head, query_block = other.first;
+  softmax.finish(factor, p.lse + (b * p.heads + h) * p.q_len, query_block + row, p.q_len);
+  store_rows(static_cast<T*>(p.out.data) + b * p.out.batch + h * p.out.head, p.out.row, query_block + own, p.q_len,
+             p.value_dim, out, factor);
 }
 
 template <class T, class Tile, bool biased>

@@ -17,29 +17,31 @@ namespace {
 
 // Queries of one head, then of the next that shares the keys; of each the last ones first.
 struct Step {
-  int head, block;
+  int head, block;  // head: 0 is the first one of those that share the keys
   bool all, first;  // whether these queries see all of the block's keys, and no key of a block of its chain before it
 };
 
-// A tile of keys by a step of queries. Of both, S and its like have rows of keys, 16 m of them for each warp; dQ has
-// rows of queries, and a warp has 16 query_m of them and a part of the features. unroll: steps of 16 features whose
-// fragments are in registers at once.
-template <int width_, int m, int warps_, int queries_, int query_m, int blocks_, int unroll_>
+// A tile of keys by a step of queries. Of both, S and its like have rows of keys: 16 m of them for each warp, and the
+// queries, and the features of dK and dV, are divided among query_warps. dQ has rows of queries, and a warp has
+// 16 query_m of them and a part of the features. unroll: steps of 16 features whose fragments are in registers at once.
+template <int width_, int m, int key_warps, int query_warps_, int queries_, int query_m, int blocks_, int unroll_>
 struct BackwardTile {
-  static constexpr int width = width_, M = m, warps = warps_, threads = 32 * warps, blocks = blocks_, unroll = unroll_;
-  static constexpr int keys = 16 * M * warps, queries = queries_, N = queries / 8;
+  static constexpr int width = width_, M = m, query_warps = query_warps_, warps = key_warps * query_warps,
+                       threads = 32 * warps, blocks = blocks_, unroll = unroll_;
+  static constexpr int keys = 16 * M * key_warps, queries = queries_;
+  static constexpr int N = queries / 8 / query_warps, J = width / 8 / query_warps;
   static constexpr int QM = query_m, row_warps = queries / (16 * QM), features = width / (warps / row_warps);
   static constexpr int QN = features / 8, part = queries * width;
   static_assert(warps % row_warps == 0 && QN * 8 * (warps / row_warps) == width && keys % 32 == 0, "all of dQ");
   static_assert(queries <= threads, "a thread per query");
 
   using Stage = QueryStageOf<keys, queries>;
-  using Sums = DiagonalSums<warps, M, N, false>;
+  using Sums = DiagonalSums<warps, M, N, false, query_warps>;
   struct Shared {  // behind the tiles; what registers would have to keep for a whole step is here, too
     Stage stages[2];
     int* past;
     int64_t parts, slots;  // where they begin; not addresses, which would not be known to be global ones
-    int ticket, batch, kv_head, first_key;
+    int ticket, batch, kv_head, first_key, first_head, told;
   };
   static constexpr int shared_bytes(bool diagonals) {
     return 2 * (tile_elements<width>(2 * keys + 4 * queries) + tile_elements<queries>(keys)) + int(sizeof(Shared)) +
@@ -47,8 +49,8 @@ struct BackwardTile {
   }
 };
 
-// On Blackwell the compiler needs more registers for itself: it is given dP in two halves.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// From Hopper on the compiler needs more registers for itself: it is given less at once, and sums are read late.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kFewRegisters = true;
 #else
 constexpr bool kFewRegisters = false;
@@ -63,6 +65,7 @@ constexpr int64_t kChains = 16;
 struct BackwardWork {
   AttentionWorkspace of;
   int key_blocks, steps, chains, together;
+  float scale;  // of scores in units of log2
   // Of every block of keys, (batch, kv_heads, key_blocks): the steps it is past, see `Step`; and work taken so far.
   int *past = nullptr, *taken = nullptr;
   float* parts = nullptr;  // dQ: (chains, batch, heads, steps), of each a tile as threads hold it
@@ -71,7 +74,8 @@ struct BackwardWork {
   BackwardWork(const AttentionProblem& p, void* base, Tile)
       : of(p, base, true, ceil_div(p.q_len, Tile::queries), ceil_div(p.k_len, Tile::keys)),
         key_blocks(int(ceil_div(p.k_len, Tile::keys))),
-        steps(int(ceil_div(p.q_len, Tile::queries))) {
+        steps(int(ceil_div(p.q_len, Tile::queries))),
+        scale(float(p.scale) * kLog2e) {
     const int64_t heads = p.batch * p.heads, pairs = p.batch * p.kv_heads;
     chains = int(max_of(1, min_of(key_blocks, kChains / max_of(1, heads))));
     together = int(max_of(kChains, of.slot_count ? ceil_div(kStrips * pairs, of.slot_count * max_of(1, heads)) : 0));
@@ -136,6 +140,12 @@ struct QuerySum {
       for (int j = 0; j < Tile::QN; ++j) of[i][j][0] = of[i][j][1] = of[i][j][2] = of[i][j][3] = 0;
     }
   }
+  PYEXT_DEVICE void begin(bool first, float* part) {
+    if (first)
+      clear();
+    else
+      load(part);
+  }
   PYEXT_DEVICE void load(float* part) {
 #pragma unroll
     for (int i = 0; i < Tile::QM; ++i) {
@@ -185,18 +195,72 @@ struct QuerySum {
   }
 };
 
-// dS^T of this warp's keys, for all warps.
-template <class T, int queries, int M, int N>
-PYEXT_DEVICE void share(const SharedTile<T, queries>& ds_t, int own, const uint32_t (&left)[M][N][4]) {
+// P^T and dS^T, of which a warp computes those of its keys and a part of the queries. As left operands of products it
+// needs them of its keys and all queries: of those that share its keys it gets theirs through shared memory.
+template <class T, class Tile>
+struct KeyRows {
+  SharedTile<T, Tile::queries> tile;
+
+  static PYEXT_DEVICE int warp() { return threadIdx.x / 32 % Tile::warps; }
+  static PYEXT_DEVICE int first_key() { return warp() / Tile::query_warps * 16 * Tile::M; }
+  static PYEXT_DEVICE int first_query() { return warp() % Tile::query_warps * 8 * Tile::N; }
+  static PYEXT_DEVICE int first_feature() { return warp() % Tile::query_warps * 8 * Tile::J; }
+
+  PYEXT_DEVICE void store(const uint32_t (&part)[Tile::M][Tile::N / 2][4]) const {
+#pragma unroll
+    for (int i = 0; i < Tile::M; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::N / 2; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int key = first_key() + 16 * i + lane_row() + e % 2 * 8;
+          const int query = first_query() + 16 * j + lane_column() + e / 2 * 8;
+          *reinterpret_cast<uint32_t*>(tile.at(key, query)) = part[i][j][e];
+        }
+      }
+    }
+  }
+  // Of those who share this warp's keys.
+  PYEXT_DEVICE void sync() const {
+    if (Tile::query_warps > 1) ptx::bar_sync(1 + warp() / Tile::query_warps, 32 * Tile::query_warps);
+  }
+  // Adds the product of these rows, of which `part` is this warp's, and this warp's features of `rows`, the queries'.
+  PYEXT_DEVICE void add_product(float (&sum)[Tile::M][Tile::J][4], const uint32_t (&part)[Tile::M][Tile::N / 2][4],
+                                const SharedTile<T, Tile::width>& rows) const {
+    if constexpr (Tile::query_warps == 1) {
+      multiply(sum, part, rows);
+    } else {
+#pragma unroll
+      for (int k = 0; k < Tile::queries; k += 16) {
+        uint32_t left[Tile::M][1][4];
+        read_left(left, SharedTile<T, Tile::queries>{tile.at(0, k)}, first_key());
+        multiply(sum, left, SharedTile<T, Tile::width>{rows.at(k, first_feature())});
+      }
+    }
+  }
+};
+
+// Where dP - delta begins.
+template <int M, int N, class Stage>
+PYEXT_DEVICE void start_with_delta(float (&ds_t)[M][N][4], const Stage& stage, int first_query) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float delta = stage.delta[first_query + 8 * j + lane_column() + e];
+#pragma unroll
+      for (int i = 0; i < M; ++i) ds_t[i][j][e] = ds_t[i][j][e + 2] = -delta;
+    }
+  }
+}
+template <int M, int N>
+PYEXT_DEVICE void multiply_elements(float (&a)[M][N][4], const float (&b)[M][N][4]) {
 #pragma unroll
   for (int i = 0; i < M; ++i) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int key = own + 16 * i + lane_row() + e % 2 * 8, query = 16 * j + lane_column() + e / 2 * 8;
-        *reinterpret_cast<uint32_t*>(ds_t.at(key, query)) = left[i][j][e];
-      }
+      for (int e = 0; e < 4; ++e) a[i][j][e] *= b[i][j][e];
     }
   }
 }
@@ -245,8 +309,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const SharedTile<T, width> keys{shared}, values{keys.at(kKeys, 0)};
   const auto queries = [&](int n) { return SharedTile<T, width>{keys.at(2 * kKeys + n % 2 * kQueries, 0)}; };
   const auto grads = [&](int n) { return SharedTile<T, width>{keys.at(2 * kKeys + (2 + n % 2) * kQueries, 0)}; };
-  const SharedTile<T, kQueries> ds_shared{keys.at(2 * kKeys + 4 * kQueries, 0)};
-  auto& other = *reinterpret_cast<typename Tile::Shared*>(ds_shared.at(kKeys, 0));
+  const KeyRows<T, Tile> rows{{keys.at(2 * kKeys + 4 * kQueries, 0)}};
+  auto& other = *reinterpret_cast<typename Tile::Shared*>(rows.tile.at(kKeys, 0));
   const typename Tile::Sums sums(reinterpret_cast<float*>(&other + 1));
 
   if (threadIdx.x == 0) other.ticket = atomicAdd(w.taken, 1);
@@ -256,12 +320,13 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const int pairs = min(w.together, int(p.batch * p.kv_heads) - first_pair);
   const int key_block = int(within / pairs), pair = first_pair + int(within % pairs), first_key = key_block * kKeys;
   const int kv_head = pair % int(p.kv_heads), batch = pair / int(p.kv_heads);
-  const int sharing = int(p.heads / p.kv_heads), heads_end = (kv_head + 1) * sharing;
+  const int sharing = int(p.heads / p.kv_heads);
   if (threadIdx.x == 0) {
-    other.batch = batch, other.kv_head = kv_head, other.first_key = first_key,
+    const int64_t head = batch * p.heads + kv_head * sharing;
+    other.batch = batch, other.kv_head = kv_head, other.first_key = first_key, other.first_head = kv_head * sharing,
     other.past = w.past + int64_t(pair) * w.key_blocks + key_block;
-    other.parts = w.part(key_block % w.chains, p.batch * p.heads, batch * p.heads, 0, Tile::part) - w.parts;
-    if (diagonals) other.slots = (batch * p.heads * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
+    other.parts = w.part(key_block % w.chains, p.batch * p.heads, head, 0, Tile::part) - w.parts;
+    if (diagonals) other.slots = (head * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
   }
   __syncthreads();
   const auto range = [&](int block) {  // at once: everybody waits for it
@@ -274,21 +339,23 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   };
   // The step, whose queries see `seen`, or the next one whose queries see a key of this block.
   const auto settled = [&](Step step, Range seen) {
-    while (step.head < heads_end && !seen.meets(first_key, first_key + kKeys))
+    while (step.head < sharing && !seen.meets(first_key, first_key + kKeys))
       step = after(step), seen = range(step.block);
-    step.all = seen.covers(first_key, first_key + kKeys), step.first = key_block - w.chains < seen.begin / kKeys;
+    step.all = seen.covers(first_key, first_key + kKeys),
+    step.first = first_key / kKeys - w.chains < seen.begin / kKeys;
     return step;
   };
   QueriesAhead<Tile, biased> ahead;
   const auto load = [&](const Step& step, int n) {
-    if (step.head < heads_end) {
-      const int64_t batch = other.batch;  // which registers need not keep
+    if (step.head < sharing) {
+      const int64_t batch = other.batch, head = other.first_head + step.head;  // which registers need not keep
       const int64_t first = int64_t(step.block) * kQueries;
-      const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + step.head * p.query.head;
-      const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + step.head * p.grad_out.head;
-      load_tile<Tile::threads, kQueries>(queries(n), query, p.query.row, first, p.q_len, p.head_dim);
-      load_tile<Tile::threads, kQueries>(grads(n), grad, p.grad_out.row, first, p.q_len, p.value_dim);
-      ahead.read(p, w.of, batch, step.head, first, first_key);
+      constexpr int at_once = kFewRegisters ? 1 : kQueries;
+      const T* query = static_cast<const T*>(p.query.data) + batch * p.query.batch + head * p.query.head;
+      const T* grad = static_cast<const T*>(p.grad_out.data) + batch * p.grad_out.batch + head * p.grad_out.head;
+      load_tile<Tile::threads, kQueries, false, at_once>(queries(n), query, p.query.row, first, p.q_len, p.head_dim);
+      load_tile<Tile::threads, kQueries, false, at_once>(grads(n), grad, p.grad_out.row, first, p.q_len, p.value_dim);
+      ahead.read(p, w.of, batch, head, first, first_key);
     }
     ptx::cp_async_commit();
   };
@@ -297,93 +364,98 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
   load_tile<Tile::threads, kKeys>(keys, key, p.key.row, first_key, p.k_len, p.head_dim);
   load_tile<Tile::threads, kKeys>(values, value, p.value.row, first_key, p.k_len, p.value_dim);
-  Step next{w.steps ? heads_end - sharing : heads_end, w.steps - 1};
+  Step next{w.steps ? 0 : sharing, w.steps - 1};
   if (w.steps) next = settled(next, range(next.block));
   load(next, 0);
   ahead.store(other.stages[0], p, int64_t(next.block) * kQueries);
-  const int own = threadIdx.x / 32 * 16 * M, row = own + lane_row();
-  const float scale = float(p.scale) * kLog2e;
+  const int own = rows.first_key(), row = own + lane_row(), column = rows.first_query();
   const bool waits = threadIdx.x % 32 == 0 && threadIdx.x < (diagonals ? 64 : 32);
   const bool tells = threadIdx.x == Tile::threads - 32;
-  const auto passed = [&](const Step& step) { return (step.head - heads_end + sharing + 1) * w.steps - step.block; };
-  float grad_key[M][width / 8][4] = {}, grad_value[M][width / 8][4] = {};
-  int told = 0;
+  const auto passed = [&](const Step& step) { return (step.head + 1) * w.steps - step.block; };
+  float grad_key[M][Tile::J][4] = {}, grad_value[M][Tile::J][4] = {};
   for (int n = 0;; ++n) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    if (next.head == heads_end) break;
-    if (tells && n > 0) ptx::store_release(other.past, told);
+    if (next.head == sharing) break;
+    if (tells && n > 0) ptx::store_release(other.past, other.told);
     const Step step = next;
     next = after(step);
     const Range seen = range(next.block);  // on its way
     const auto& stage = other.stages[n % 2];
 
     float p_t[M][N][4] = {};  // transposed: rows are keys
-    multiply_transposed<M, N, Tile::unroll>(p_t, keys, own, queries(n));
-    to_weights<biased>(p_t, scale, stage, row, first_key, step.all);
+    multiply_transposed<M, N, Tile::unroll>(p_t, keys, own, SharedTile<T, width>{queries(n).at(column, 0)});
+    to_weights<biased>(p_t, w.scale, stage, row, first_key, step.all, column);
     uint32_t left[M][N / 2][4];
     as_left<T>(left, p_t);
+    if (Tile::query_warps > 1) rows.store(left);
     next = settled(next, seen);
     load(next, n + 1);
-    multiply(grad_value, left, grads(n));
+    rows.sync();  // P of these keys is there
+    rows.add_product(grad_value, left, grads(n));
     ahead.store(other.stages[(n + 1) % 2], p, int64_t(next.block) * kQueries);
-    float ds_t[M][N][4] = {};
+    float ds_t[M][N][4];
+    start_with_delta(ds_t, stage, column);
     if constexpr (kFewRegisters) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float part[M][N / 2][4] = {};
         multiply_transposed<M, N / 2, Tile::unroll>(part, values, own,
-                                                    SharedTile<T, width>{grads(n).at(half * kQueries / 2, 0)});
+                                                    SharedTile<T, width>{grads(n).at(column + half * 4 * N, 0)});
 #pragma unroll
         for (int i = 0; i < M; ++i) {
 #pragma unroll
           for (int j = 0; j < N / 2; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) ds_t[i][half * N / 2 + j][e] = part[i][j][e];
+            for (int e = 0; e < 4; ++e) ds_t[i][half * N / 2 + j][e] += part[i][j][e];
           }
         }
       }
     } else {
-      multiply_transposed<M, N, Tile::unroll>(ds_t, values, own, grads(n));
+      multiply_transposed<M, N, Tile::unroll>(ds_t, values, own, SharedTile<T, width>{grads(n).at(column, 0)});
     }
-    to_score_gradients(ds_t, p_t, stage);
+    multiply_elements(ds_t, p_t);
     as_left<T>(left, ds_t);
-    share(ds_shared, own, left);
+    rows.sync();  // all are done with P
+    rows.store(left);
     float nothing[2 * M][2];
     if (diagonals) sums.sum_warp(ds_t, nothing);
-    told = passed(step);
+    const int told = passed(step);
+    if (tells) other.told = told;
     if (waits) {  // one warp for the sum of dQ, the next one for the slot
       const bool of_slot = threadIdx.x > 0;
       const int before = of_slot ? int(w.of.slot_count) : w.chains;
-      if (of_slot ? key_block >= before : !step.first)
+      if (of_slot ? first_key / kKeys >= before : !step.first)
         ptx::wait_above(other.past - before, (of_slot ? passed({step.head, 0}) : told) - 1);
     }
     __syncthreads();  // all warps' dS is there, and the sums are this block's to add to
 
     float* const part = w.parts + other.parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
     QuerySum<Tile> grad_query;
-    if (step.first)
-      grad_query.clear();
-    else
-      grad_query.load(part);
+    if (!kFewRegisters || diagonals) grad_query.begin(step.first, part);
     DiagonalsAhead<Tile> strip;
     float* const slot = w.of.slots + other.slots + step.head * w.of.slot_count * w.of.strip_length;
-    if (diagonals) strip.read(slot, p, step.block * kQueries, first_key);
-    multiply(grad_key, left, queries(n));
-    grad_query.add(ds_shared, keys);
+    if (diagonals && !kFewRegisters) strip.read(slot, p, step.block * kQueries, first_key);
+    rows.add_product(grad_key, left, queries(n));
+    if (kFewRegisters && !diagonals) grad_query.begin(step.first, part);
+    grad_query.add(rows.tile, keys);
     grad_query.store(part);
+    if (diagonals && kFewRegisters) strip.read(slot, p, step.block * kQueries, first_key);
     if (diagonals) strip.add(slot, sums, p, step.block * kQueries, first_key);
   }
   if (tells) {
-    if (diagonals && key_block >= w.of.slot_count) ptx::wait_above(other.past - w.of.slot_count, INT32_MAX - 1);
+    if (diagonals && first_key / kKeys >= w.of.slot_count) ptx::wait_above(other.past - w.of.slot_count, INT32_MAX - 1);
     ptx::store_release(other.past, INT32_MAX);
   }
 
   const int64_t b = other.batch, h = other.kv_head, first = other.first_key + own;
-  store_rows(static_cast<T*>(p.grad_key.data) + b * p.grad_key.batch + h * p.grad_key.head, p.grad_key.row, first,
-             p.k_len, p.head_dim, grad_key, RowFactors<M>(float(p.scale)).of);
-  store_rows(static_cast<T*>(p.grad_value.data) + b * p.grad_value.batch + h * p.grad_value.head, p.grad_value.row,
-             first, p.k_len, p.value_dim, grad_value, RowFactors<M>(1).of);
+  const int feature = rows.first_feature();
+  T* const to_key = static_cast<T*>(p.grad_key.data) + b * p.grad_key.batch + h * p.grad_key.head;
+  T* const to_value = static_cast<T*>(p.grad_value.data) + b * p.grad_value.batch + h * p.grad_value.head;
+  store_rows(to_key + feature, p.grad_key.row, first, p.k_len, p.head_dim - feature, grad_key,
+             RowFactors<M>(float(p.scale)).of);
+  store_rows(to_value + feature, p.grad_value.row, first, p.k_len, p.value_dim - feature, grad_value,
+             RowFactors<M>(1).of);
 }
 
 // --- dQ of the sums ---
@@ -420,9 +492,9 @@ __global__ void __launch_bounds__(Tile::threads)
 template <class F>
 int with_tile(const AttentionProblem& p, F f) {
   const int64_t width = max_of(p.head_dim, p.value_dim);
-  if (width <= 64) return f(BackwardTile<64, 2, 4, 32, 1, 2, 2>());
-  if (width <= 96) return f(BackwardTile<96, 1, 8, 64, 2, 1, 2>());
-  if (width <= 128) return f(BackwardTile<128, 1, 8, 64, 2, 1, 1>());
+  if (width <= 64) return f(BackwardTile<64, 2, 4, 1, 32, 1, 2, 2>());
+  if (width <= 96) return f(BackwardTile<96, 2, 4, 2, 64, 2, 1, 2>());
+  if (width <= 128) return f(BackwardTile<128, 2, 4, 2, 64, 2, 1, 1>());
   return cudaErrorInvalidValue;
 }
 

@@ -28,19 +28,32 @@ __host__ __device__ constexpr int tile_elements(int rows) {
   return rows * (width + 8);
 }
 
-// Starts the copy of `rows` rows from row `first` on; zeros beyond row `count` and beyond `columns`, and with `before`
-// for rows before 0, too.
-template <int threads, int rows, bool before = false, class T, int width>
+// Starts the copy of `rows` rows from `from` on; zeros for those that are not in [begin, end), and beyond `columns`.
+// Threads side by side have 16 bytes each, as many of them as a power of two lets a row have. at_once: rows of a thread
+// whose addresses may be in registers.
+template <int threads, int rows, int at_once = rows, class T, int width>
+PYEXT_DEVICE void copy_tile(const SharedTile<T, width>& tile, const T* from, int64_t row_stride, int64_t end,
+                            int64_t columns, int64_t begin = 0) {
+  constexpr int chunks = width / 8, across = chunks & -chunks, step = threads / across;
+  static_assert(threads % across == 0, "a thread has chunks of the same columns in all its rows");
+  const int row = threadIdx.x / across, column = threadIdx.x % across * 8;
+  const int first = int(begin) - row, last = int(end) - row;
+  const T* at = from + (row * row_stride + column);
+#pragma unroll at_once
+  for (int n = 0; n < rows; n += step, at += step * row_stride) {
+    if (rows % step && row + n >= rows) break;
+#pragma unroll
+    for (int c = 0; c < width; c += 8 * across)
+      ptx::cp_async(tile.at(row + n, column + c), at + c, first <= n && n < last && column + c < int(columns));
+  }
+}
+
+// The same from row `first` of a matrix on, which has `count` rows; with `before`, `first` may be negative.
+template <int threads, int rows, bool before = false, int at_once = rows, class T, int width>
 PYEXT_DEVICE void load_tile(const SharedTile<T, width>& tile, const T* matrix, int64_t row_stride, int64_t first,
                             int64_t count, int64_t columns) {
-  constexpr int chunks = width / 8;
-  static_assert(rows * chunks % threads == 0, "every thread copies the same number of chunks");
-#pragma unroll 1  // addresses of several chunks at once would cost the registers that products need
-  for (int n = 0; n < rows * chunks / threads; ++n) {
-    const int i = n * threads + threadIdx.x, row = i / chunks, column = i % chunks * 8;
-    const bool valid = first + row < count && column < columns && (!before || first + row >= 0);
-    ptx::cp_async(tile.at(row, column), matrix + (valid ? (first + row) * row_stride + column : 0), valid);
-  }
+  copy_tile<threads, rows, at_once>(tile, matrix + first * row_stride, row_stride, count - first, columns,
+                                    before ? -first : 0);
 }
 
 // --- Products ---

@@ -58,11 +58,11 @@ class Tile:
             moved, bias = 2 * (2 + tables) * 32 * width, "rows of both" if both else "rows"
             return cls(kind, width, 4, 64, 32, bias, 10 * 64 * 32 * width, moved, shared)
         match = re.search(r"_backward<\w+, BackwardTile<([\d, ]+)>, (\w+), (\w+)>", kernel.name)
-        width, m, warps, columns = map(int, match[1].split(", ")[:4])
+        width, m, key_warps, query_warps, columns = map(int, match[1].split(", ")[:5])
         gradient = match[3] == "true"
         shared = TILES[width].strip_gradient if gradient else TILES[width].backward
         bias = "with gradient" if gradient else "diagonal" if match[2] == "true" else ""
-        rows, moved = 16 * m * warps, (2 * 2 + 2 * 4) * columns * width  # Q and dO; the sum of dQ, forth and back
+        rows, warps, moved = 16 * m * key_warps, key_warps * query_warps, (2 * 2 + 2 * 4) * columns * width  # Q and dO; the sum of dQ, forth and back
         return cls("backward", width, warps, rows, columns, bias, 10 * rows * columns * width, moved, shared)
 
 

@@ -27,8 +27,8 @@ KERNELS: dict[str, Callable[..., int]] = {
     r"attention_relative_forward<\w+, RelativeTile<(\d+), 1, (\d+), \d+, true>, \w+>": (
         lambda width, warps: (3 * 16 * 32 + 32 * 8 * math.ceil((16 * warps + 32) / 8 / warps)) * width
     ),
-    r"attention_backward<\w+, BackwardTile<(\d+), (\d+), \d+, (\d+), \d+, \d+, \d+>, \w+, \w+>": (
-        lambda width, m, queries: 5 * 16 * m * queries * width
+    r"attention_backward<\w+, BackwardTile<(\d+), (\d+), \d+, (\d+), (\d+), \d+, \d+, \d+>, \w+, \w+>": (
+        lambda width, m, query_warps, queries: 5 * 16 * m * queries * width // query_warps
     ),
     # With 48 distances of a warp's 16 rows, and 16 x 16 of columns and distances in three turns of the warps.
     r"attention_relative_keys<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
@@ -60,7 +60,7 @@ def per_tile(kernel: Kernel, width: int, copies: int = 1) -> list[tuple[Instruct
     body, inner = _loop(kernel.sass)
     at_once = re.search(r"BackwardTile<.*, (\d+)>,", kernel.name)  # steps of 16 features of an iteration
     products = width // 16 // (int(at_once[1]) if at_once else 2)
-    times = [(loop, products if count(loop, "HMMA") else copies if count(loop, "LDGSTS") else 1) for loop in inner]
+    times = [(loop, products if count(loop, "HMMA") else copies // (count(loop, "LDGSTS") or copies)) for loop in inner]
     often = {i.address: n for loop, n in times for i in loop}
     return [(i, often.get(i.address, 1)) for i in body]
 

@@ -35,11 +35,11 @@ MUTANTS = [
     ),
     _Forward(
         "copies under way where nobody sees anything",
-        "ptx::cp_async_wait<0>();\n\n  softmax.finish(",
-        "softmax.finish(",
+        "ptx::cp_async_wait<0>();\n\n  const",
+        "const",
         "many queries",
     ),
-    _Forward("a strip is overwritten while it is read", "strip + (tile + 1) % 2", "strip + tile % 2", "diagonal"),
+    _Forward("a strip is overwritten while it is read", "strips[(tile + 1) % 2]", "strips[tile % 2]", "diagonal"),
     _Forward("rows rescaled by another's factor", "*= factor[i][e / 2]", "*= factor[i][0]", "plain"),
     _Forward(
         "the highest score of two lanes of four", "high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));", "", "plain"
@@ -57,11 +57,11 @@ MUTANTS = [
     _Forward("windows aligned at the first key", "query + p.k_len - p.q_len;", "query;", "causal"),
     _Forward(
         "rows past the end are read",
-        "first + row < count && column < columns",
-        "column < columns",
+        "first <= n && n < last && column",
+        "column",
         "plain",
     ),
-    _Forward("features past the end are read", "count && column < columns", "count", "narrow"),
+    _Forward("features past the end are read", "n < last && column + c < int(columns)", "n < last", "narrow"),
     _Forward("rows past the end are written", "if (row >= count) continue;", "", "plain"),
     _Forward(
         "fragments of keys in the wrong order",
@@ -119,10 +119,12 @@ MUTANTS = [
         "",
         "plain",
     ),
+    _Backward("other warps' P read too early", "rows.sync();  // P of these keys is there", "", "plain"),
+    _Backward("P overwritten while others read it", "rows.sync();  // all are done with P", "", "plain"),
     _Backward(
         "blocks do not wait for those before them",
-        "if (of_slot ? key_block >= before : !step.first)",
-        "if (of_slot && key_block >= before)",
+        "if (of_slot ? first_key / kKeys >= before : !step.first)",
+        "if (of_slot && first_key / kKeys >= before)",
         "slopes",
     ),
     _Backward("blocks wait for a step too few", ": told) - 1", ": told) - 2", "slopes"),
@@ -136,11 +138,11 @@ MUTANTS = [
         "if (tells) ptx::store_release(other.past, told);\n    grad_query.store(part);\n",
         "slopes",
     ),
-    _Backward("a sum begins with what was there", "if (step.first)", "if (false)", "plain"),
+    _Backward("a sum begins with what was there", "if (first)", "if (false)", "plain"),
     _Backward(
         "a sum begins anew",
-        "key_block - w.chains < seen.begin / kKeys",
-        "key_block - w.chains <= seen.begin / kKeys",
+        "first_key / kKeys - w.chains < seen.begin / kKeys",
+        "first_key / kKeys - w.chains <= seen.begin / kKeys",
         "slopes",
     ),
     _Backward("sums that nobody wrote", ">= end) continue;", "< 0) continue;", "many queries"),
@@ -148,7 +150,7 @@ MUTANTS = [
     _Backward("counters not zeroed", "counters[at] = 0;", ";", "plain"),
     _Backward(
         "two blocks add to the same slot",
-        "if (of_slot ? key_block >= before : !step.first)",
+        "if (of_slot ? first_key / kKeys >= before : !step.first)",
         "if (!of_slot && !step.first)",
         "slopes",
     ),
@@ -157,8 +159,8 @@ MUTANTS = [
     _Relative("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "grouped"),
     _Backward(
         "one head of those that share keys",
-        "w.steps ? heads_end - sharing : heads_end",
-        "w.steps ? heads_end - 1 : heads_end",
+        "w.steps ? 0 : sharing",
+        "w.steps ? sharing - 1 : sharing",
         "causal",
     ),
     _Backward("ranges of another batch entry", "(of.ranges) + batch * steps", "(of.ranges)", "padding"),
@@ -169,7 +171,7 @@ MUTANTS = [
         "documents",
     ),
     _Backward("masked pairs count", "unsigned(key) < unsigned(length)", "true", "causal"),
-    _Backward("a strip off by one", "at - query + 8 * N - 1", "at - query + 8 * N", "diagonal"),
+    _Backward("a strip off by one", "at - query + Stage::count - 1", "at - query + Stage::count", "diagonal"),
     _Backward("keys' gradients without the scale", "RowFactors<M>(float(p.scale))", "RowFactors<M>(1)", "plain"),
     _Backward("the last diagonals left out", "carries ? N : N + carried_octets", "N", "diagonal"),
     _Backward("diagonals of lower rows to the right", "(upper ? -bit : bit)", "bit", "diagonal"),
@@ -182,7 +184,7 @@ MUTANTS = [
     ),
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
-    _Relative("keys before the first are read", "(!before || first + row >= 0)", "true", "both"),
+    _Relative("keys before the first are read", "first <= n && n < last", "n < last", "both"),
     _Relative("what queries bring in one place", "infos[n % Tile::stages];", "infos[0];", "relative"),
     _Relative(
         "a ring of distances without an end", "(group < Tile::ring ? group : group - Tile::ring)", "group", "relative"

@@ -51,7 +51,7 @@ SMALL = {
         _ROUNDS[1],
     ),
     "attention_sm80_backward": (
-        ("BackwardTile<64, 2, 4, 32, 1, 2, 2>", "BackwardTile<64, 1, 2, 16, 1, 2, 2>"),
+        ("BackwardTile<64, 2, 4, 1, 32, 1, 2, 2>", "BackwardTile<64, 1, 2, 2, 32, 1, 2, 2>"),
         ("kStrips = 512", "kStrips = 8"),
         ("kChains = 16", "kChains = 4"),
         _ROUNDS[1],
@@ -93,7 +93,7 @@ _CUTS = {
     "attention_sm80_backward": (
         ("return of_type(bf16());", _REFUSED),
         *(
-            (f"if (width <= {n}) return f(BackwardTile<{n}, 1, 8, 64, 2, 1, {m}>());", "")
+            (f"if (width <= {n}) return f(BackwardTile<{n}, 2, 4, 2, 64, 2, 1, {m}>());", "")
             for n, m in ((96, 2), (128, 1))
         ),
     ),

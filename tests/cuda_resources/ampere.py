@@ -62,7 +62,8 @@ class Tile:
         gradient = match[3] == "true"
         shared = TILES[width].strip_gradient if gradient else TILES[width].backward
         bias = "with gradient" if gradient else "diagonal" if match[2] == "true" else ""
-        rows, warps, moved = 16 * m * key_warps, key_warps * query_warps, (2 * 2 + 2 * 4) * columns * width  # Q and dO; the sum of dQ, forth and back
+        rows, warps = 16 * m * key_warps, key_warps * query_warps
+        moved = (2 * 2 + 2 * 4) * columns * width  # Q and dO; the sum of dQ, forth and back
         return cls("backward", width, warps, rows, columns, bias, 10 * rows * columns * width, moved, shared)
 
 

@@ -164,13 +164,20 @@ struct DiagonalSums {
   }
 
   // Of entry i, after all warps' sums are there: 0 is that of the last warp's first octet, at the distance of the row
-  // below the tile's last one from its first column.
+  // below the tile's last one from its first column. From a warp to the next one distances move by the same step down
+  // and to the right.
   PYEXT_DEVICE float of(int i) const {
+    constexpr int step = 16 * M;
+    static_assert(across == 1 || step == 8 * N, "one step");
     float sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < warps; ++warp) {
-      const int at = i - 16 * M * (down - 1 - warp / across) - 8 * N * (warp % across);
-      if (0 <= at && at < of_warp) sum += sums[warp * of_warp + at];
+    for (int n = 0; n < of_warp; n += step) {
+#pragma unroll
+      for (int column = 0; column < across; ++column) {
+        const int at = n + i % step, row = down - 1 - i / step + n / step + column;
+        if (0 <= row && row < down && (of_warp % step == 0 || at < of_warp))
+          sum += sums[(row * across + column) * of_warp + at];
+      }
     }
     return sum;
   }

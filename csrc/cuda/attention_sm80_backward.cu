@@ -431,17 +431,17 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     __syncthreads();  // all warps' dS is there, and the sums are this block's to add to
 
     float* const part = w.parts + other.parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
-    QuerySum<Tile> grad_query;
-    if (!kFewRegisters || diagonals) grad_query.begin(step.first, part);
-    DiagonalsAhead<Tile> strip;
     float* const slot = w.of.slots + other.slots + step.head * w.of.slot_count * w.of.strip_length;
+    QuerySum<Tile> grad_query;
+    DiagonalsAhead<Tile> strip;
+    if (!kFewRegisters) grad_query.begin(step.first, part);
     if (diagonals && !kFewRegisters) strip.read(slot, p, step.block * kQueries, first_key);
     rows.add_product(grad_key, left, queries(n));
-    if (kFewRegisters && !diagonals) grad_query.begin(step.first, part);
-    grad_query.add(rows.tile, keys);
-    grad_query.store(part);
     if (diagonals && kFewRegisters) strip.read(slot, p, step.block * kQueries, first_key);
     if (diagonals) strip.add(slot, sums, p, step.block * kQueries, first_key);
+    if (kFewRegisters) grad_query.begin(step.first, part);
+    grad_query.add(rows.tile, keys);
+    grad_query.store(part);
   }
   if (tells) {
     if (diagonals && first_key / kKeys >= w.of.slot_count) ptx::wait_above(other.past - w.of.slot_count, INT32_MAX - 1);

@@ -60,8 +60,16 @@ def per_tile(kernel: Kernel, width: int, copies: int = 1) -> list[tuple[Instruct
     body, inner = _loop(kernel.sass)
     at_once = re.search(r"BackwardTile<.*, (\d+)>,", kernel.name)  # steps of 16 features of an iteration
     products = width // 16 // (int(at_once[1]) if at_once else 2)
-    times = [(loop, products if count(loop, "HMMA") else copies // (count(loop, "LDGSTS") or copies)) for loop in inner]
-    often = {i.address: n for loop, n in times for i in loop}
+
+    def times(loop: list[Instruction]) -> int:
+        if count(loop, "HMMA"):
+            return products
+        if count(loop, "LDGSTS"):
+            return copies // count(loop, "LDGSTS")
+        # The search for the next tile that is seen by anybody: not where all are. CCTL: a wait for another block.
+        return 0 if count(loop, "LDG") and not count(loop, "STS", "CCTL") else 1
+
+    often = {i.address: times(loop) for loop in inner for i in loop}
     return [(i, often.get(i.address, 1)) for i in body]
 
 

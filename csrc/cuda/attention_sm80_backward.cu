@@ -265,6 +265,31 @@ PYEXT_DEVICE void multiply_elements(float (&a)[M][N][4], const float (&b)[M][N][
   }
 }
 
+// Adds dP^T = V dO^T of a warp's keys and queries; with few registers of one half of the queries after the other.
+template <class Tile, class T>
+PYEXT_DEVICE void add_grad_weights(float (&sum)[Tile::M][Tile::N][4], const SharedTile<T, Tile::width>& values, int own,
+                                   const SharedTile<T, Tile::width>& grads, int first_query) {
+  constexpr int M = Tile::M, parts = kFewRegisters ? 2 : 1, N = Tile::N / parts;
+  if constexpr (parts == 1) {
+    multiply_transposed<M, N, Tile::unroll>(sum, values, own, SharedTile<T, Tile::width>{grads.at(first_query, 0)});
+  } else {
+#pragma unroll
+    for (int half = 0; half < parts; ++half) {
+      float part[M][N][4] = {};
+      multiply_transposed<M, N, Tile::unroll>(part, values, own,
+                                              SharedTile<T, Tile::width>{grads.at(first_query + half * 8 * N, 0)});
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[i][half * N + j][e] += part[i][j][e];
+        }
+      }
+    }
+  }
+}
+
 // The same factor for all rows of a lane.
 template <int M>
 struct RowFactors {
@@ -396,24 +421,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     ahead.store(other.stages[(n + 1) % 2], p, int64_t(next.block) * kQueries);
     float ds_t[M][N][4];
     start_with_delta(ds_t, stage, column);
-    if constexpr (kFewRegisters) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float part[M][N / 2][4] = {};
-        multiply_transposed<M, N / 2, Tile::unroll>(part, values, own,
-                                                    SharedTile<T, width>{grads(n).at(column + half * 4 * N, 0)});
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-#pragma unroll
-          for (int j = 0; j < N / 2; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) ds_t[i][half * N / 2 + j][e] += part[i][j][e];
-          }
-        }
-      }
-    } else {
-      multiply_transposed<M, N, Tile::unroll>(ds_t, values, own, SharedTile<T, width>{grads(n).at(column, 0)});
-    }
+    add_grad_weights<Tile>(ds_t, values, own, grads(n), column);
     multiply_elements(ds_t, p_t);
     as_left<T>(left, ds_t);
     rows.sync();  // all are done with P

@@ -2,7 +2,7 @@
 
 A kernel goes over tiles in the loop that holds most of its HMMA; within it, the products that sum over the features of
 a row are loops of their own, two steps of 16 features at a time (attention_tiles.h) or as many as a kernel's name says.
-Copies, which a thread makes 16 bytes at a time, are loops, too.
+Copies, which a thread makes 16 bytes at a time, may be loops, too.
 """
 
 from __future__ import annotations

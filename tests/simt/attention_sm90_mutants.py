@@ -155,7 +155,7 @@ MUTANTS = [
 ]
 
 MUTANTS += [
-    Mutant("bands overwritten while they are read", "relative, clipped", "ring.wait_empty(bands);"),
+    Mutant("bands overwritten while they are read", "relative, clipped", "bands.wait_empty(n);"),
     Mutant("relative queries over queries", "relative, clipped", "shared.items().wait_empty(++n);", "++n;"),
     Mutant(
         "bands released before they are read",

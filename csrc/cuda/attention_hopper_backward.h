@@ -20,27 +20,27 @@ struct Panels {
   static constexpr int block_bytes = kBlockRows * count * kPanelBytes, step_bytes = kStepRows * count * kPanelBytes;
 };
 
-// Tiles in shared memory: two of the block's rows, two rings of two stages, what else the kernel needs, and barriers.
-template <class T, int width, class Other>
+// Tiles in shared memory: of the block's rows, two rings of steps, what else the kernel needs, and barriers.
+template <class T, int width, class Other, int blocks_of_rows = 2, int stages = kStages>
 struct Shared {
   using P = Panels<width>;
-  static constexpr int other_at = 2 * P::block_bytes + 2 * kStages * P::step_bytes;
+  static constexpr int steps_at = blocks_of_rows * P::block_bytes, other_at = steps_at + 2 * stages * P::step_bytes;
   static constexpr int barriers_at = (other_at + int(sizeof(Other)) + 7) / 8 * 8, rings = 3;
-  static constexpr int bytes = barriers_at + (2 + rings * 2 * kStages) * int(sizeof(uint64_t));
+  static constexpr int bytes = barriers_at + (2 + rings * 2 * stages) * int(sizeof(uint64_t));
   char* data;
 
   PYEXT_DEVICE T* block(int i) const { return reinterpret_cast<T*>(data + i * P::block_bytes); }
   PYEXT_DEVICE T* step(int ring, unsigned n) const {
-    return reinterpret_cast<T*>(data + 2 * P::block_bytes + (ring * kStages + int(n % kStages)) * P::step_bytes);
+    return reinterpret_cast<T*>(data + steps_at + (ring * stages + int(n % stages)) * P::step_bytes);
   }
   PYEXT_DEVICE Other& other() const { return *reinterpret_cast<Other*>(data + other_at); }
   PYEXT_DEVICE Ring<1> blocks() const { return {barriers(), barriers() + 1}; }
-  PYEXT_DEVICE Ring<kStages> ring(int i) const {
-    uint64_t* const first = barriers() + 2 + i * 2 * kStages;
-    return {first, first + kStages};
+  PYEXT_DEVICE Ring<stages> ring(int i) const {
+    uint64_t* const first = barriers() + 2 + i * 2 * stages;
+    return {first, first + stages};
   }
   // Of the sums of diagonals: all consumers' warps fill it.
-  PYEXT_DEVICE Ring<kStages> sums_ring() const { return ring(2); }
+  PYEXT_DEVICE Ring<stages> sums_ring() const { return ring(2); }
   // more: of barriers that `Other` has.
   template <class More>
   PYEXT_DEVICE void initialise(const More& more) const {
@@ -87,21 +87,22 @@ PYEXT_DEVICE void in_roles(const Produce& produce, const Sum& sum, const Consume
   }
 }
 
-// A warpgroup's 64 rows of the block as the left operand of products: in registers, or where TMA has put them.
-template <class T, int width, bool in_registers>
+// A warpgroup's 64 rows of the block as the left operand of products: in registers, or where TMA has put them. Panels
+// have `panel_rows`.
+template <class T, int width, bool in_registers, int panel_rows = kBlockRows>
 struct LeftOperand {
   const T* rows;
 
   PYEXT_DEVICE explicit LeftOperand(const T* block) : rows(block + threadIdx.x / 128 * 64 * kPanel) {}
   PYEXT_DEVICE void issue_transposed(float (&sum)[1][kN][4], const T* step) const {
-    pyext::issue_transposed<T, width, kBlockRows>(sum, rows, step);
+    pyext::issue_transposed<T, width, panel_rows>(sum, rows, step);
   }
 };
-template <class T, int width>
-struct LeftOperand<T, width, true> {
+template <class T, int width, int panel_rows>
+struct LeftOperand<T, width, true, panel_rows> {
   uint32_t rows[width / 16][4];
 
-  PYEXT_DEVICE explicit LeftOperand(const T* block) { load_left<kBlockRows>(rows, block); }
+  PYEXT_DEVICE explicit LeftOperand(const T* block) { load_left<panel_rows>(rows, block); }
   PYEXT_DEVICE void issue_transposed(float (&sum)[1][kN][4], const T* step) const {
     pyext::issue_transposed(sum, rows, step);
   }

@@ -21,8 +21,6 @@ struct SkewedProducts {
   static constexpr int floats = kBand * kBand;
   float* tile;  // of the warpgroup
 
-  static PYEXT_DEVICE int swizzle(int row) { return ((row & 3) ^ (row >> 2 & 1)) * 8; }
-
   PYEXT_DEVICE void store(const float (&lower)[kBand / 8][4], const float (&upper)[kBand / 8][4]) const {
     const int row = threadIdx.x % 128 / 32 * 16 + lane_row(), first = row + lane_column() * 4;
     float* const at = tile + row * kBand;
@@ -31,7 +29,7 @@ struct SkewedProducts {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int below = e / 2 * 8, place = first + below + lane_distance<kBackwardOrder>(j, e);
-        at[below * kBand + (place % kBand ^ swizzle(lane_row()))] = place < kBand ? upper[j][e] : lower[j][e];
+        at[below * kBand + (place % kBand ^ band_swizzle(lane_row()))] = place < kBand ? upper[j][e] : lower[j][e];
       }
     }
   }
@@ -44,7 +42,7 @@ struct SkewedProducts {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int column = lane_column() + e % 2;
-        s[j][e] += tile[(8 * j + column) * kBand + (row + e / 2 * 8 ^ swizzle(column))];
+        s[j][e] += tile[(8 * j + column) * kBand + (row + e / 2 * 8 ^ band_swizzle(column))];
       }
     }
   }
@@ -108,9 +106,11 @@ struct RelativeKeyConsumer {
     for (; held != last - 2; ++held) bands.release(held);
     queries.wait_full(n);
     bands.wait_full(last - 2), bands.wait_full(last - 1), bands.wait_full(last);
+    const auto left = left_of(memory, n);
     ptx::wgmma_pin(flat(lower)), ptx::wgmma_pin(flat(upper));
     ptx::wgmma_fence();
-    issue(lower, memory, n, last - group), issue(upper, memory, n, last - group - 1);
+    left.issue_transposed(lower, memory.band(last - group)),
+        left.issue_transposed(upper, memory.band(last - group - 1));
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(flat(lower)), ptx::wgmma_pin(flat(upper));
     __syncwarp();  // a lane that comes late could find later phases
@@ -121,10 +121,10 @@ struct RelativeKeyConsumer {
   }
 
  private:
+  // A step's 64 queries, the same for both warpgroups.
   template <class T, int width>
-  static PYEXT_DEVICE void issue(float (&sum)[1][kN][4], RelativeKeyMemory<T, width>& memory, unsigned n,
-                                 unsigned band) {
-    issue_transposed<T, width, kStepRows>(sum, memory.queries(n), memory.band(band));
+  static PYEXT_DEVICE auto left_of(RelativeKeyMemory<T, width>& memory, unsigned n) {
+    return LeftOperand<T, width, width <= 64, kStepRows>(memory.queries(n) - threadIdx.x / 128 * 64 * kPanel);
   }
 };
 
@@ -143,12 +143,14 @@ struct SkewedGradients {
   // As a left operand. Query r and column c are at distance c - r, of both bands. Of eight distances d, d % 8 says in
   // which row of the order they stand among those of equal d / 8.
   PYEXT_DEVICE void store(const uint32_t (&ds)[kN / 2][4], unsigned tile) const {
-    const int row = threadIdx.x % 128 / 32 * 16 + lane_row();
+    int lane = threadIdx.x % 32;
+    ptx::hide_value(lane);
+    const int lane_row = lane / 4, lane_column = lane % 4 * 2, row = threadIdx.x % 128 / 32 * 16 + lane_row;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int distance = lane_column() + e - lane_row(), d = distance & 7;
+      const int distance = lane_column + e - lane_row, d = distance & 7;
       const int octet = (distance - d) / 8 - threadIdx.x % 128 / 32 * 2 + int(tile % 2) * (kBand / 8);
-      T* const at = bands + row * kBand + ((d >> 2 & 1 | (d & 1) << 1) ^ lane_row()) * 8 + (d >> 1 & 1);
+      T* const at = bands + row * kBand + ((d >> 2 & 1 | (d & 1) << 1) ^ lane_row) * 8 + (d >> 1 & 1);
 #pragma unroll
       for (int n = -1; n < kN; ++n) {
         const int x = octet + n, place = (x & 3) * 2 + (x >> 3 & 1) * (kBand * kBand);

@@ -26,247 +26,360 @@ struct alignas(16) QueryItem {
   }
 };
 
-template <class T, int width>
-struct RelativeQueryOther {
-  using P = Panels<width>;
-  static constexpr int band_stages = 4;
-  T rel_queries[P::block_bytes / sizeof(T)], bands[band_stages][P::step_bytes / sizeof(T)];
-  T gradients[kThreads / 128][SkewedGradients<T>::elements];
-  float products[BandRing<>::shared_bytes(kThreads / 128) / sizeof(float)];
-  uint64_t barriers[2 * band_stages];
-  QueryItem item;
+// Which gradients a kernel has: registers and shared memory do not hold all of more than 64 features. There, queries
+// and their gradients come through the place of relative queries, on their way to registers.
+template <class T_, int width_, bool of_queries_, bool of_rel_queries_, bool of_rows_>
+struct RelativeQueryTile {
+  using T = T_;
+  static constexpr int width = width_, panels = Panels<width>::count;
+  static constexpr bool of_queries = of_queries_, of_rel_queries = of_rel_queries_, of_rows = of_rows_;
+  static constexpr int blocks_of_rows = width <= 64 ? 3 : 1, stages = of_queries ? kStages : 1;
+  static constexpr int band_stages = of_rel_queries ? 4 : 3;
+  using Products = BandRing<kBackwardOrder, (width > 64 && of_rel_queries)>;  // elsewhere memory is not short
 
-  PYEXT_DEVICE Ring<band_stages> band_ring() { return {barriers, barriers + band_stages}; }
-  PYEXT_DEVICE T* band(unsigned n) { return bands[n % band_stages]; }
+  struct Other {
+    T bands[band_stages][kBand * panels * kPanel];
+    T gradients[of_rel_queries ? kThreads / 128 : 1][of_rel_queries ? SkewedGradients<T>::elements : 8];
+    float products[Products::shared_bytes(kThreads / 128) / sizeof(float)];
+    uint64_t barriers[2 * band_stages];
+    QueryItem item;
+
+    PYEXT_DEVICE Ring<band_stages> band_ring() { return {barriers, barriers + band_stages}; }
+    PYEXT_DEVICE T* band(unsigned n) { return bands[n % band_stages]; }
+  };
+  using Memory = Shared<T, width, Other, blocks_of_rows, stages>;
 };
 
-template <class T, int width, bool tables>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    attention_backward_relative_queries_sm90(const __grid_constant__ AttentionProblem p,
-                                             const __grid_constant__ Sources from, const float* delta, const float* lse,
-                                             float* slots) {
-  using P = Panels<width>;
-  PYEXT_SHARED(char, data);
-  const Shared<T, width, RelativeQueryOther<T, width>> shared{data};
-  auto& other = shared.other();
-  auto& item = other.item;
-  const auto bands = other.band_ring();
-  shared.initialise([&] { bands.initialise(kWarps); });
-  const Ring<1> items = shared.blocks();
-  const Ring<kStages> key_ring = shared.ring(0), value_ring = shared.ring(1);
+template <class Tile>
+struct RelativeQueryProducer {
+  using T = typename Tile::T;
+  using P = Panels<Tile::width>;
+  const AttentionProblem& p;
+  const Sources& from;
+  const typename Tile::Memory& shared;
+  unsigned count = 0, n = 0, band = 0;  // of tiles, of what the block's memory has held, of bands
+  int first = 0, head = 0, batch = 0;
 
-  const auto produce = [&] {
+  PYEXT_DEVICE void load_rows(int place, const ptx::TensorMap& map) const {
+    load_panels<P::count, kBlockRows, kStepRows>(shared.block(place), map, shared.blocks().barrier(n), first, head,
+                                                 batch);
+  }
+  PYEXT_DEVICE void load_item() {
+    const Ring<1> items = shared.blocks();
+    if constexpr (Tile::blocks_of_rows == 3) {
+      ptx::mbarrier_expect(items.barrier(n), 3 * P::block_bytes);
+      load_rows(0, from.query), load_rows(1, from.grad), load_rows(2, from.rel_query);
+    } else {
+      ptx::mbarrier_expect(items.barrier(n), P::block_bytes);
+      load_rows(0, from.query);
+      for (int i = 0; i < 2; ++i) {
+        items.wait_empty(++n);
+        ptx::mbarrier_expect(items.barrier(n), P::block_bytes);
+        load_rows(0, i == 0 ? from.grad : from.rel_query);
+      }
+    }
+    ++n;
+  }
+  PYEXT_DEVICE void load_step(int i, const ptx::TensorMap& map, int row, int kv_head) const {
+    const auto ring = shared.ring(i);
+    ring.wait_empty(count);
+    ptx::mbarrier_expect(ring.barrier(count), P::step_bytes);
+    load_panels<P::count, kStepRows, kStepRows>(shared.step(i, count), map, ring.barrier(count), row, kv_head, batch);
+  }
+  PYEXT_DEVICE void next_band(int distance) {
+    auto& other = shared.other();
+    load_band<P::count>(other.band_ring(), band, other.band(band), from.rel_rows, p, distance, head, batch);
+    ++band;
+  }
+
+  PYEXT_DEVICE void run() {
     const int heads = int(p.heads), blocks = int(ceil_div(p.q_len, kBlockRows));
     const int per_head = int(gridDim.x) / (int(p.batch) * heads), pair = int(blockIdx.x) / per_head;
-    const int head = pair % heads, batch = pair / heads, kv_head = head / (heads / int(p.kv_heads));
-    unsigned count = 0, n = 0, band = 0;
+    head = pair % heads, batch = pair / heads;
+    QueryItem& item = shared.other().item;
     // The last queries first: under a causal mask they have most to do.
-    for (int block = blocks - 1 - int(blockIdx.x) % per_head; block >= 0; block -= per_head, ++n) {
-      const int first = block * kBlockRows;
+    for (int block = blocks - 1 - int(blockIdx.x) % per_head; block >= 0; block -= per_head) {
+      first = block * kBlockRows;
       const Range seen = find_visible<kBlockRows>(p, batch, first);
       if (threadIdx.x % 32) continue;
-      const auto load = [&](T* to, const ptx::TensorMap& map) {
-        load_panels<P::count, kBlockRows, kStepRows>(to, map, items.barrier(n), first, head, batch);
-      };
-      const auto load_step = [&](const Ring<kStages>& ring, T* to, const ptx::TensorMap& map, int row) {
-        ring.wait_empty(count);
-        ptx::mbarrier_expect(ring.barrier(count), P::step_bytes);
-        load_panels<P::count, kStepRows, kStepRows>(to, map, ring.barrier(count), row, kv_head, batch);
-      };
-      const auto next_band = [&](int distance) {
-        load_band<P::count>(bands, band, other.band(band), from.rel_rows, p, distance, head, batch);
-        ++band;
-      };
-      items.wait_empty(n);
+      shared.blocks().wait_empty(n);
       item.first = first, item.head = head, item.batch = batch, item.seen = seen;
-      ptx::mbarrier_expect(items.barrier(n), 3 * P::block_bytes);
-      load(shared.block(0), from.query), load(shared.block(1), from.grad), load(other.rel_queries, from.rel_query);
+      load_item();
       const Interval tiles = item.tiles();
       for (int tile = tiles.begin; tile < tiles.end; ++tile, ++count) {
         const int key = tile * kStepRows, distance = key - first;  // of the upper band of the first warpgroup
         if (tile == tiles.begin) next_band(distance - 2 * kBand), next_band(distance - kBand);
         next_band(distance);
-        load_step(key_ring, shared.step(0, count), from.key, key);
-        load_step(value_ring, shared.step(1, count), from.value, key);
+        load_step(0, from.key, key, head / (heads / int(p.kv_heads)));
+        load_step(1, from.value, key, head / (heads / int(p.kv_heads)));
       }
     }
     if (threadIdx.x % 32) return;
-    items.wait_empty(n);
+    shared.blocks().wait_empty(n);
     item.first = -1;
-    ptx::mbarrier_arrive(items.barrier(n));
-  };
+    ptx::mbarrier_arrive(shared.blocks().barrier(n));
+  }
+};
 
-  const auto consume = [&] {
-    const int own = threadIdx.x / 32 * 16, group = threadIdx.x / 128;
-    const BandRing<kBackwardOrder> products(other.products);
-    const SkewedGradients<T> gradients{other.gradients[group]};
-    const T* const rel_queries = other.rel_queries + group * 64 * kPanel;
-    float* const slot = slots + blockIdx.x * RelativeRows(p).count * p.head_dim;
-    unsigned count = 0, n = 0, lower = 0;  // of tiles, blocks, and the lower band
-    float grad_query[1][width / 8][4], grad_rel_query[1][width / 8][4], s[1][kN][4], ds[1][kN][4];
-    uint32_t left[1][kN / 2][4];
+template <class Tile>
+struct RelativeQueryConsumer {
+  using T = typename Tile::T;
+  static constexpr int width = Tile::width;
+  template <bool in_registers>
+  using Left = LeftOperand<T, width, in_registers>;
+  using Rows = float[1][width / 8][4];
+  using Scores = float[1][kN][4];
 
-    // f(sum, its place) of the band's sums in memory, from row `first` on, that a lane has; two features at a time.
-    const auto for_each_sum = [&](int first, const auto& f) {
-      float* const at = slot + (first + own % 64 + lane_row()) * p.head_dim + lane_column();
-#pragma unroll
-      for (int j = 0; j < width / 8; ++j) {
-        if (first < 0 || 8 * j >= p.head_dim) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          f(s[0][j] + 2 * half, reinterpret_cast<float2*>(at + half * 8 * p.head_dim + 8 * j));
-      }
-    };
-    // The n-th band of this warpgroup is over: dS' of the tiles before number `tile` times its rows and queries.
-    const auto issue_band = [&](unsigned band, unsigned tile) {
-      ptx::wgmma_pin(flat(grad_rel_query)), ptx::wgmma_pin(flat(s));
-      ptx::wgmma_fence();
-      issue_shared_product<T, false, kBand>(grad_rel_query, gradients.lower(tile), other.band(band));
-      if constexpr (tables) issue_shared_product<T, true, kBlockRows>(s, gradients.lower(tile), rel_queries);
-    };
-    const auto read_sums = [&](int row) {
-      if constexpr (tables) for_each_sum(row, [](float* sum, const float2* at) { sum[0] = at->x, sum[1] = at->y; });
-    };
-    const auto finish_band = [&](unsigned band, int row) {
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(flat(grad_rel_query)), ptx::wgmma_pin(flat(s));
-      if constexpr (tables) for_each_sum(row, [](const float* sum, float2* at) { *at = {sum[0], sum[1]}; });
-      __syncwarp();
-      bands.release(band);
-    };
-    const auto clear = [&](auto& sum) {
-#pragma unroll
-      for (int j = 0; j < int(sizeof(sum) / 16); ++j) sum[0][j][0] = sum[0][j][1] = sum[0][j][2] = sum[0][j][3] = 0;
-    };
-    // dS' of a tile that nobody sees: what the first tile's lower band, or the last one's upper band, lacks.
-    const auto store_nothing = [&](unsigned tile) {
-      const uint32_t nothing[kN / 2][4] = {};
-      gradients.store(nothing, tile);
-    };
+  const AttentionProblem& p;
+  const typename Tile::Memory& shared;
+  float* const slots;  // of sums by distance, (rows of a head in bands, features) for each block of threads
+  const float *const lse, *const delta;
+  typename Tile::Other& other = shared.other();
+  QueryItem& item = other.item;
+  const Ring<Tile::band_stages> bands = other.band_ring();
+  const SkewedGradients<T> gradients{other.gradients[Tile::of_rel_queries ? threadIdx.x / 128 : 0]};
+  const int own = threadIdx.x / 32 * 16, group = threadIdx.x / 128;
+  unsigned count = 0, n = 0, lower = 0;  // of tiles, of what the block's memory has held, of the lower band
+  float row_lse[2], row_delta[2];
 
-    if constexpr (tables) {
-      clear(s);
-      for (int row = group * kBand; row < RelativeRows(p).count; row += kThreads / 128 * kBand)
-        for_each_sum(row, [](const float* sum, float2* at) { *at = {sum[0], sum[1]}; });
+  template <int N>
+  static PYEXT_DEVICE void clear(float (&sum)[1][N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum[0][j][0] = sum[0][j][1] = sum[0][j][2] = sum[0][j][3] = 0;
+  }
+  // f(two neighbouring sums, their place) of those that a lane has of a panel of a band, from row `first` of the slot
+  // on.
+  template <class F>
+  PYEXT_DEVICE void for_each_sum(Scores& sums, int first, int panel, const F& f) const {
+    if (first < 0) return;  // before all distances
+    const int columns = int(p.head_dim) - panel * kPanel;
+    int block = blockIdx.x;
+    ptx::hide_value(block);
+    float* const at = slots + (block * RelativeRows(p).count + first + own % 64 + lane_row()) * p.head_dim +
+                      panel * kPanel + lane_column();
+#pragma unroll
+    for (int j = 0; j < kPanel / 8; ++j) {
+      if (8 * j >= columns) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        f(sums[0][j] + 2 * half, reinterpret_cast<float2*>(at + half * 8 * p.head_dim + 8 * j));
     }
-    for (;; ++n) {
-      items.wait_full(n);
-      const int first = item.first;
-      if (first < 0) break;
-      const Range seen = item.seen;
-      const Interval tiles = item.tiles();
-      float row_lse[2], row_delta[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int batch = item.batch, row = first + own + lane_row() + 8 * half;
-        const int64_t at = (batch * p.heads + item.head) * p.q_len + row;
-        row_lse[half] = row < p.q_len ? lse[at] : 0.0f, row_delta[half] = row < p.q_len ? delta[at] : 0.0f;
-        if (threadIdx.x % 4 == 0) item.keys[own + lane_row() + 8 * half] = visible(p, batch, row);
-      }
+  }
+  PYEXT_DEVICE void read_sums(Scores& sums, int first, int panel) const {
+    for_each_sum(sums, first, panel, [](float* sum, const float2* at) { sum[0] = at->x, sum[1] = at->y; });
+  }
+  PYEXT_DEVICE void store_sums(Scores& sums, int first, int panel) const {
+    for_each_sum(sums, first, panel, [](const float* sum, float2* at) { *at = {sum[0], sum[1]}; });
+  }
+
+  // The next of queries, gradients and relative queries, all three of which an item has.
+  template <bool in_registers>
+  PYEXT_DEVICE Left<in_registers> next_rows(int i) {
+    if (Tile::blocks_of_rows == 1 && i > 0) {
       __syncwarp();
-      clear(grad_query), clear(grad_rel_query);
-      const LeftOperand<T, width, true> queries(shared.block(0)), grads(shared.block(1));
-      const LeftOperand<T, width, !tables> left_queries(other.rel_queries);  // registers are short
-      // Products of the queries and a band, for tiles `tile` and the one before.
-      const auto multiply_band = [&](unsigned band, unsigned tile) {
-        bands.wait_full(band);
-        ptx::wgmma_pin(flat(s));
-        ptx::wgmma_fence();
-        left_queries.issue_transposed(s, other.band(band));
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_pin(flat(s));
-        __syncwarp();  // all lanes have read what is overwritten
-        products.store(s[0], tile + 1);
-        __syncwarp();
-      };
-      const int row = RelativeRows(p).origin - first - (group + 1) * kBand;  // of the lower band of tile 0
-      if (tiles.begin < tiles.end) {
-        // The second warpgroup's queries are a band further down; the first one does not need the first band.
-        if (group == 0) {
-          bands.wait_full(lower);
-          __syncwarp();
-          bands.release(lower++);
+      shared.blocks().release(n);
+      shared.blocks().wait_full(++n);
+    }
+    return Left<in_registers>(shared.block(i % Tile::blocks_of_rows));
+  }
+
+  // Made anew each time: registers are short.
+  PYEXT_DEVICE auto products() const {
+    int thread = threadIdx.x;
+    ptx::hide_value(thread);
+    return typename Tile::Products(other.products, thread);
+  }
+
+  PYEXT_DEVICE void read_vectors() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = item.first + own + lane_row() + 8 * half;
+      const int64_t at = (item.batch * p.heads + item.head) * p.q_len + row;
+      row_lse[half] = row < p.q_len ? lse[at] : 0.0f;
+      row_delta[half] = row < p.q_len ? delta[at] : 0.0f;
+      if (threadIdx.x % 4 == 0) item.keys[own + lane_row() + 8 * half] = visible(p, item.batch, row);
+    }
+    __syncwarp();
+  }
+  PYEXT_DEVICE void leave_band() {
+    bands.wait_full(lower);
+    __syncwarp();
+    bands.release(lower++);
+  }
+  // Products of the queries and a band, for tiles `tile` and the next one.
+  template <class Queries>
+  PYEXT_DEVICE void multiply_band(const Queries& rel_queries, unsigned band, unsigned tile) {
+    Scores sum;
+    Queries left = rel_queries;
+    if constexpr (width > 64) ptx::hide_value(left.rows);  // or descriptors would stay in registers
+    bands.wait_full(band);
+    ptx::wgmma_pin(flat(sum));
+    ptx::wgmma_fence();
+    left.issue_transposed(sum, other.band(band));
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(flat(sum));
+    __syncwarp();  // all lanes have read what is overwritten
+    products().store(sum[0], tile + 1);
+    __syncwarp();
+    if (!Tile::of_rel_queries) bands.release(lower++);  // nobody needs it again
+  }
+
+  // dS of a tile, as a left operand.
+  template <class Queries, class Grads>
+  PYEXT_DEVICE void make_gradients(uint32_t (&left)[1][kN / 2][4], const Queries& queries, const Grads& grads,
+                                   const Range& seen, int first_key) const {
+    const auto key_ring = shared.ring(0), value_ring = shared.ring(1);
+    Scores s, ds;
+    key_ring.wait_full(count);
+    ptx::wgmma_pin(flat(s)), ptx::wgmma_pin(flat(ds));
+    ptx::wgmma_fence();
+    queries.issue_transposed(s, shared.step(0, count));
+    value_ring.wait_full(count);
+    ptx::wgmma_fence();
+    grads.issue_transposed(ds, shared.step(1, count));
+    ptx::wgmma_wait<1>();
+    ptx::wgmma_pin(flat(s));
+    products().add_to(s[0], count);
+    scale_rows(s, float(p.scale) * kLog2e);
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[0][j][e] = ptx::exp2_approx(s[0][j][e] - row_lse[e / 2]);
+    }
+    // The branch ends a block of instructions: without it, the compiler moves the wait in front of the exponentials.
+    const Range& range = width <= 64 ? seen : item.seen;  // as registers allow
+    if (!range.covers(first_key, first_key + kStepRows)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        hide_unseen(s[0], half, item.keys[own + lane_row() + 8 * half], first_key, 0);
+    }
+    ptx::wgmma_pin(flat(s));
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(flat(ds));
+    if (!Tile::of_queries) key_ring.release(count);
+    value_ring.release(count);
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) ds[0][j][e] = s[0][j][e] * (ds[0][j][e] - row_delta[e / 2]);
+    }
+    as_left<T>(left, ds);
+  }
+
+  // The lower band of a tile is over, whose dS is `left`: all dS' of it times its rows, and the relative queries. Its
+  // sums begin at row `first`.
+  PYEXT_DEVICE void finish_band(Rows& grad_rel_query, const uint32_t (&left)[1][kN / 2][4], int first) {
+    [[maybe_unused]] Scores sums;
+    // All products with dS' are over; and the sums of a band that the first warpgroup has made are there.
+    ptx::bar_sync(3, kThreads);
+    if constexpr (Tile::of_rows) read_sums(sums, first, 0);
+    gradients.store(left[0], count);
+    ptx::fence_proxy_async();
+    ptx::bar_sync(1 + group, 128);  // all of the warpgroup have stored theirs
+    ptx::wgmma_pin(flat(grad_rel_query)), ptx::wgmma_pin(flat(sums));
+    ptx::wgmma_fence();
+    issue_shared_product<T, false, kBand>(grad_rel_query, gradients.lower(count), other.band(lower));
+    if constexpr (Tile::of_rows) {
+#pragma unroll
+      for (int panel = 0; panel < Tile::panels; ++panel) {
+        if (panel > 0) {
+          read_sums(sums, first, panel);
+          ptx::wgmma_pin(flat(sums));
+          ptx::wgmma_fence();
         }
-        multiply_band(lower, count - 1);
-        ptx::bar_sync(3, kThreads);
-        store_nothing(count - 1);
+        const T* const rel_queries = shared.block(Tile::blocks_of_rows - 1) + group * 64 * kPanel;
+        issue_shared_product<T, true, kBlockRows>(sums, gradients.lower(count),
+                                                  rel_queries + panel * kBlockRows * kPanel);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_pin(flat(sums));
+        store_sums(sums, first, panel);
       }
+    }
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(flat(grad_rel_query));
+    __syncwarp();
+    bands.release(lower++);
+  }
+
+  // An item's tiles of keys.
+  template <class Queries, class Grads, class RelQueries>
+  PYEXT_DEVICE void attend(const Queries& queries, const Grads& grads, const RelQueries& rel_queries, Rows& grad_query,
+                           Rows& grad_rel_query) {
+    const Range seen = item.seen;
+    const Interval tiles = item.tiles();
+    const int row = RelativeRows(p).origin - item.first - (group + 1) * kBand;  // of the lower band of tile 0
+    uint32_t left[1][kN / 2][4] = {};
+    // The second warpgroup's queries are a band further down; the first one does not need the first band.
+    if (group == 0) leave_band();
+    multiply_band(rel_queries, lower, count - 1);
+    if constexpr (Tile::of_rel_queries) {
+      ptx::bar_sync(3, kThreads);
+      gradients.store(left[0], count - 1);  // nothing, of a tile before the first one
+    }
 #pragma unroll 1
-      for (int tile = tiles.begin; tile < tiles.end; ++tile, ++count, ++lower) {
-        const int first_key = tile * kStepRows;
-        multiply_band(lower + 1, count);
-        key_ring.wait_full(count);
-        ptx::wgmma_pin(flat(s)), ptx::wgmma_pin(flat(ds));
-        ptx::wgmma_fence();
-        queries.issue_transposed(s, shared.step(0, count));
-        value_ring.wait_full(count);
-        ptx::wgmma_fence();
-        grads.issue_transposed(ds, shared.step(1, count));
-        ptx::wgmma_wait<1>();
-        ptx::wgmma_pin(flat(s));
-        products.add_to(s[0], count);
-        scale_rows(s, float(p.scale) * kLog2e);
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[0][j][e] = ptx::exp2_approx(s[0][j][e] - row_lse[e / 2]);
-        }
-        // The branch ends a block of instructions: without it, the compiler moves the wait in front of the
-        // exponentials.
-        if (!seen.covers(first_key, first_key + kStepRows)) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            hide_unseen(s[0], half, item.keys[own + lane_row() + 8 * half], first_key, 0);
-        }
-        ptx::wgmma_pin(flat(s));
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_pin(flat(ds));
-        value_ring.release(count);
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) ds[0][j][e] = s[0][j][e] * (ds[0][j][e] - row_delta[e / 2]);
-        }
-        as_left<T>(left, ds);
+    for (int tile = tiles.begin; tile < tiles.end; ++tile, ++count) {
+      multiply_band(rel_queries, Tile::of_rel_queries ? lower + 1 : lower, count);
+      make_gradients(left, queries, grads, seen, tile * kStepRows);
+      if constexpr (Tile::of_queries) {
         ptx::wgmma_pin(left[0]), ptx::wgmma_pin(flat(grad_query));
         ptx::wgmma_fence();
         issue_product(grad_query, left, shared.step(0, count));
-        // All products with dS' are over; and the sums of a band that the first warpgroup has made are there.
-        ptx::bar_sync(3, kThreads);
-        read_sums(row + first_key);
-        gradients.store(left[0], count);
-        ptx::fence_proxy_async();
-        ptx::bar_sync(1 + group, 128);  // all of the warpgroup have stored theirs
-        issue_band(lower, count);
-        finish_band(lower, row + first_key);
+      }
+      if constexpr (Tile::of_rel_queries) finish_band(grad_rel_query, left, row + tile * kStepRows);
+      if constexpr (Tile::of_queries) {
+        ptx::wgmma_wait<0>();
         ptx::wgmma_pin(flat(grad_query));
-        key_ring.release(count);
+        shared.ring(0).release(count);
       }
-      if (tiles.begin < tiles.end) {
-        ptx::bar_sync(3, kThreads);
-        read_sums(row + tiles.end * kStepRows);
-        store_nothing(count);
-        ptx::fence_proxy_async();
-        ptx::bar_sync(1 + group, 128);
-        issue_band(lower, count);
-        finish_band(lower++, row + tiles.end * kStepRows);
-        if (group == 1) {
-          bands.wait_full(lower);
-          __syncwarp();
-          bands.release(lower++);
-        }
-      }
-      const float scaled[1][2] = {{float(p.scale), float(p.scale)}};
-      const auto store = [&](const Output& to, const auto& sum) {
-        store_rows(rows_of<T>(to, item.batch, item.head), to.row, int64_t(item.first) + own, p.q_len, p.head_dim, sum,
-                   scaled);
-      };
-      store(p.grad_query, grad_query), store(p.grad_rel_query, grad_rel_query);
-      __syncwarp();
-      items.release(n);
     }
-  };
-  in_roles(produce, [] {}, consume);
+    if constexpr (Tile::of_rel_queries) {
+      const uint32_t nothing[1][kN / 2][4] = {};
+      finish_band(grad_rel_query, nothing, row + tiles.end * kStepRows);
+    }
+    if (group == 1) leave_band();
+  }
+
+  PYEXT_DEVICE void run() {
+    if constexpr (Tile::of_rows) {
+      Scores nothing;
+      clear(nothing);
+      for (int row = group * kBand; row < RelativeRows(p).count; row += kThreads / 128 * kBand) {
+#pragma unroll 1
+        for (int panel = 0; panel < Tile::panels; ++panel) store_sums(nothing, row, panel);
+      }
+    }
+    for (;; ++n) {
+      shared.blocks().wait_full(n);
+      if (item.first < 0) break;
+      read_vectors();
+      Rows grad_query, grad_rel_query;
+      clear(grad_query), clear(grad_rel_query);
+      const auto queries = next_rows<true>(0), grads = next_rows<true>(1);
+      const auto rel_queries = next_rows<width <= 64>(2);
+      if (item.seen.end) attend(queries, grads, rel_queries, grad_query, grad_rel_query);
+      if constexpr (Tile::of_queries) store(p.grad_query, grad_query);
+      if constexpr (Tile::of_rel_queries) store(p.grad_rel_query, grad_rel_query);
+      __syncwarp();
+      shared.blocks().release(n);
+    }
+  }
+  PYEXT_DEVICE void store(const Output& to, const Rows& sum) const {
+    const float scaled[1][2] = {{float(p.scale), float(p.scale)}};
+    store_rows(rows_of<T>(to, item.batch, item.head), to.row, int64_t(item.first) + own, p.q_len, p.head_dim, sum,
+               scaled);
+  }
+};
+
+template <class Tile>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_backward_relative_queries_sm90(const __grid_constant__ AttentionProblem p,
+                                             const __grid_constant__ Sources from, const float* delta, const float* lse,
+                                             float* slots) {
+  PYEXT_SHARED(char, data);
+  const typename Tile::Memory shared{data};
+  shared.initialise([&] { shared.other().band_ring().initialise(kWarps); });
+  in_roles([&] { RelativeQueryProducer<Tile>{p, from, shared}.run(); }, [] {},
+           [&] { RelativeQueryConsumer<Tile>{p, shared, slots, lse, delta}.run(); });
 }
 
 // --- The sums of all blocks of threads ---
@@ -318,14 +431,24 @@ struct HopperRelativeWorkspace {
   }
 };
 
-template <class T, int width, bool tables>
+template <class Tile>
 int launch_queries(const AttentionProblem& p, const Sources& from, const HopperRelativeWorkspace& w,
                    cudaStream_t stream) {
   const int64_t blocks = w.per_head * p.heads * p.batch;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(attention_backward_relative_queries_sm90<T, width, tables>, dim3(unsigned(blocks)),
-                     dim3(kBlockThreads), Shared<T, width, RelativeQueryOther<T, width>>::bytes, stream, p, from,
-                     w.base.delta, w.base.lse, w.slots);
+  return ptx::launch(attention_backward_relative_queries_sm90<Tile>, dim3(unsigned(blocks)), dim3(kBlockThreads),
+                     Tile::Memory::bytes, stream, p, from, w.base.delta, w.base.lse, w.slots);
+}
+template <class T, int width, bool of_rows>
+int launch_queries(const AttentionProblem& p, const Sources& from, const HopperRelativeWorkspace& w,
+                   cudaStream_t stream) {
+  if constexpr (width <= 64) {
+    return launch_queries<RelativeQueryTile<T, width, true, true, of_rows>>(p, from, w, stream);
+  } else {
+    if (const int error = launch_queries<RelativeQueryTile<T, width, true, false, false>>(p, from, w, stream))
+      return error;
+    return launch_queries<RelativeQueryTile<T, width, false, true, of_rows>>(p, from, w, stream);
+  }
 }
 
 int sum_slots(const AttentionProblem& p, const HopperRelativeWorkspace& w, cudaStream_t stream) {
@@ -360,8 +483,7 @@ int launch_backward(const AttentionProblem& p, const HopperRelativeWorkspace& w,
 
 extern "C" int64_t pyext_cuda_attention_relative_backward_sm90_workspace(const pyext::AttentionProblem& p) {
   using namespace pyext;
-  const bool takes = takes_relative_rows(p) && max_of(p.head_dim, p.value_dim) <= 64 &&
-                     fits_tiles(p, p.out, p.grad_out, p.grad_rel_query) &&
+  const bool takes = takes_relative_rows(p) && fits_tiles(p, p.out, p.grad_out, p.grad_rel_query) &&
                      fits_map(p.grad_out, p.batch, p.heads, p.q_len);
   return takes ? HopperRelativeWorkspace(p, nullptr).base.bytes : -1;
 }
@@ -371,5 +493,9 @@ extern "C" int pyext_cuda_attention_relative_backward_sm90(const pyext::Attentio
   const auto s = static_cast<cudaStream_t>(stream);
   if (pyext_cuda_attention_relative_backward_sm90_workspace(p) < 0) return cudaErrorInvalidValue;
   const HopperRelativeWorkspace w(p, p.workspace);
-  return with_half(p.dtype, [&](auto element) { return launch_backward<decltype(element), 64>(p, w, s); });
+  return with_half(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (max_of(p.head_dim, p.value_dim) <= 64) return launch_backward<T, 64>(p, w, s);
+    return launch_backward<T, 128>(p, w, s);
+  });
 }

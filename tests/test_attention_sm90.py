@@ -34,7 +34,16 @@ def test_agrees_with_the_oracle(probe, dtype, seed):
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run.values())))
 @pytest.mark.parametrize(
-    "probe", ["causal", "buckets", "three warpgroups", "wide, causal", "wide, all visible", "relative, clipped"]
+    "probe",
+    [
+        "causal",
+        "buckets",
+        "three warpgroups",
+        "wide, causal",
+        "wide, all visible",
+        "relative, clipped",
+        "relative, in turns",
+    ],
 )
 def test_no_alarm(probe, run, seed):
     """In every schedule with every completion; heads in several groups."""
@@ -88,7 +97,7 @@ def test_leaves_to_sm_80_what_it_cannot_do():
 
 
 @pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
-@pytest.mark.parametrize(("stem", "count"), [("attention_sm90", 24), ("attention_sm90_backward", 30)])
+@pytest.mark.parametrize(("stem", "count"), [("attention_sm90", 24), *zip(hopper.BACKWARD, (30, 14))])
 def test_exponentials_run_beside_products(stem, count):
     """ptxas may move a wait in front of the exponentials, or add one, without a word: then nothing overlaps."""
     kernels = hopper.hopper_kernels(stem)

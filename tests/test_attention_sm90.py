@@ -69,7 +69,7 @@ def test_the_same_bits_in_every_order(seed):
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other))
 
 
-def _workspace(**changes) -> int:
+def _workspace(stem: str = "attention_sm90", launcher: str = "attention_forward_sm90", **changes) -> int:
     """What the launcher asks for; -1: it does not take the problem."""
     x = torch.zeros(2, 2, 40, 64, dtype=torch.float16)
     p = AttentionProblem(dtype=DTYPES.index(x.dtype), query=view(x), key=view(x), value=view(x), scale=1.0)
@@ -77,7 +77,7 @@ def _workspace(**changes) -> int:
     for name, value in changes.items():
         setattr(p, name, value)
     with machine() as gpu:
-        bytes_of = gpu.load(HOPPER["attention_sm90"]).pyext_cuda_attention_forward_sm90_workspace
+        bytes_of = getattr(gpu.load(HOPPER[stem]), f"pyext_cuda_{launcher}_workspace")
         bytes_of.restype = ctypes.c_int64
         return bytes_of(ctypes.byref(p))
 
@@ -91,6 +91,24 @@ def test_leaves_to_sm_80_what_it_cannot_do():
     assert _workspace(k_len=0) == -1
     assert _workspace(head_dim=264) == -1 and _workspace(head_dim=60) == -1
     assert _workspace(softcap=3.0) == -1 and _workspace(rel_index=x.data_ptr()) == -1
+
+
+@pytest.mark.usefixtures("built")
+def test_leaves_other_relative_rows_to_sm_80():
+    x, rows = torch.zeros(2, 2, 40, 64, dtype=torch.float16), torch.zeros(1, 2, 79, 64, dtype=torch.float16)
+    same = dict.fromkeys(("out", "grad_out", "grad_query", "rel_query", "grad_rel_query"), view(x))
+    same |= dict(rel_q=view(rows), rel_q_batch=1, rel_q_heads=2, rel_rows=79, rel_index=x.data_ptr())
+
+    def of(**changes) -> int:
+        names = ("attention_sm90_relative_backward", "attention_relative_backward_sm90")
+        return _workspace(*names, **{**same, **changes})
+
+    assert 0 <= of() < of(grad_rel_q=x.data_ptr())
+    assert of(rel_k=view(rows), rel_k_batch=1, rel_k_heads=2) == -1 and of(diag=x.data_ptr()) == -1
+    assert of(segment=x.data_ptr()) == -1 and of(head_dim=136) == -1 and of(k_len=0) == -1
+    # Linear in the lengths, however many blocks of queries there are.
+    short, long = (of(grad_rel_q=x.data_ptr(), q_len=n, k_len=n) for n in (2**14, 2**15))
+    assert long < 2.01 * short
 
 
 # --- Machine code ---

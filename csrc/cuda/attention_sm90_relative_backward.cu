@@ -140,7 +140,7 @@ struct RelativeQueryConsumer {
   const SkewedGradients<T> gradients{other.gradients[Tile::of_rel_queries ? threadIdx.x / 128 : 0]};
   const int own = threadIdx.x / 32 * 16, group = threadIdx.x / 128;
   unsigned count = 0, n = 0, lower = 0;  // of tiles, of what the block's memory has held, of the lower band
-  float row_lse[2], row_delta[2];
+  float row_lse[2] = {}, row_delta[2] = {};
 
   template <int N>
   static PYEXT_DEVICE void clear(float (&sum)[1][N][4]) {
@@ -154,7 +154,7 @@ struct RelativeQueryConsumer {
     if (first < 0) return;  // before all distances
     const int columns = int(p.head_dim) - panel * kPanel;
     int block = blockIdx.x;
-    ptx::hide_value(block);
+    if (width > 64) ptx::hide_value(block);  // registers are short
     float* const at = slots + (block * RelativeRows(p).count + first + own % 64 + lane_row()) * p.head_dim +
                       panel * kPanel + lane_column();
 #pragma unroll
@@ -408,8 +408,9 @@ __global__ void __launch_bounds__(256)
 
 // --- Launch ---
 
-// Blocks of threads that add up relative rows' gradients in slots of their own: enough to fill any GPU.
-constexpr int64_t kSlots = 256;
+// Blocks of threads that add up relative rows' gradients in slots of their own: enough to fill a Hopper. A slot is as
+// large as the written rows in fp32, so there are no more.
+constexpr int64_t kSlots = 132;
 
 struct HopperRelativeWorkspace {
   AttentionWorkspace base;

@@ -35,7 +35,7 @@ _CUTS = {
         ("if (width <= 96) return launch_backward<T, 96>(p, w, stream);", ""),
         ("kStrips = 512", "kStrips = 4"),
     ),
-    "attention_sm90_relative_backward": (("kSlots = 256", "kSlots = 4"),),
+    "attention_sm90_relative_backward": (("kSlots = 132", "kSlots = 4"),),
 }
 
 
@@ -290,7 +290,7 @@ MUTANTS += [
         "the first warpgroup a band too low", "", "if (group == 0) leave_band();", "if (group == 2) leave_band();"
     ),
     _relative("sums a band too high", "", "(group + 1) * kBand", "group * kBand"),
-    _relative("sums that nobody cleared", "", "store_sums(nothing, row, panel);"),
+    _relative("sums that nobody cleared", "", "store_sums(nothing, row, panel);", ";"),
     _relative(
         "sums by distance in another order",
         "",

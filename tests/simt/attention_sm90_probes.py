@@ -45,7 +45,7 @@ RELATIVE: dict[str, Case] = {
     "relative, wide": case(Shape(1, 2, 1, 140, 200, 128, 104), transformer_xl(), causal()),
     "relative, clipped": case(Shape(1, 3, 3, 140, 200, 64, 40), shaw(9, heads="h"), padding([170])),
     "relative, more queries": case(Shape(2, 1, 1, 330, 70, 80, 128), transformer_xl(), window(150, 0)),
-    "relative, in turns": case(Shape(1, 2, 1, 330, 130, 64, 64), transformer_xl("past", heads="1"), turns(64)),
+    "relative, in turns": case(Shape(1, 2, 1, 200, 256, 64, 64), transformer_xl(heads="1"), turns(64)),
     "relative, one table": case(Shape(3, 2, 2, 65, 64, 40, 64), shaw(3), documents(batched=True, cross=True)),
     "relative, few": case(Shape(2, 2, 2, 1, 100, 64, 64), transformer_xl("few", batched=True)),
     "relative, three quarters": case(Shape(1, 2, 1, 140, 131, 96, 96), transformer_xl("xlnet"), prefix(), lse=False),

@@ -333,7 +333,7 @@ def main() -> None:
     print("\n".join(of_units()))
     print("\nTF/s predicted by length. Nothing here is measured.\n")
     print("\n".join(of_calls()))
-    print("\nBackward, cycles per tile of 128 x 64 scores; of all kernels of a call, each at its limit, and what they allow.\n")
+    print("\nBackward, cycles per tile of 128 x 64 scores; of all kernels of a call, each at its limit, and at most.\n")
     print("\n".join(of_backward()))
 
 

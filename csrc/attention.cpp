@@ -359,9 +359,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         const bool relative = p.rel_index != nullptr;
         return launch_best(
             a.query, p, stream,
-            {pyext_cuda_attention_backward_sm90_workspace,
+            {relative ? pyext_cuda_attention_relative_backward_sm90_workspace
+                      : pyext_cuda_attention_backward_sm90_workspace,
              relative ? pyext_cuda_attention_relative_backward_workspace : pyext_cuda_attention_backward_workspace,
-             pyext_cuda_attention_backward_sm90,
+             relative ? pyext_cuda_attention_relative_backward_sm90 : pyext_cuda_attention_backward_sm90,
              relative ? pyext_cuda_attention_relative_backward : pyext_cuda_attention_backward});
       });
   return {grad_query,     grad_key,   grad_value, grad_dense,   grad_diag,

@@ -85,3 +85,5 @@ extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem&,
 extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem&);
 extern "C" int pyext_cuda_attention_backward_sm90(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_backward_sm90_workspace(const pyext::AttentionProblem&);
+extern "C" int pyext_cuda_attention_relative_backward_sm90(const pyext::AttentionProblem&, void* stream);
+extern "C" int64_t pyext_cuda_attention_relative_backward_sm90_workspace(const pyext::AttentionProblem&);

@@ -34,7 +34,16 @@ def test_agrees_with_the_oracle(probe, dtype, seed):
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run.values())))
 @pytest.mark.parametrize(
-    "probe", ["causal", "buckets", "three warpgroups", "wide, causal", "wide, all visible", "relative, clipped"]
+    "probe",
+    [
+        "causal",
+        "buckets",
+        "three warpgroups",
+        "wide, causal",
+        "wide, all visible",
+        "relative, clipped",
+        "relative, in turns",
+    ],
 )
 def test_no_alarm(probe, run, seed):
     """In every schedule with every completion; heads in several groups."""
@@ -60,7 +69,7 @@ def test_the_same_bits_in_every_order(seed):
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other))
 
 
-def _workspace(**changes) -> int:
+def _workspace(stem: str = "attention_sm90", launcher: str = "attention_forward_sm90", **changes) -> int:
     """What the launcher asks for; -1: it does not take the problem."""
     x = torch.zeros(2, 2, 40, 64, dtype=torch.float16)
     p = AttentionProblem(dtype=DTYPES.index(x.dtype), query=view(x), key=view(x), value=view(x), scale=1.0)
@@ -68,7 +77,7 @@ def _workspace(**changes) -> int:
     for name, value in changes.items():
         setattr(p, name, value)
     with machine() as gpu:
-        bytes_of = gpu.load(HOPPER["attention_sm90"]).pyext_cuda_attention_forward_sm90_workspace
+        bytes_of = getattr(gpu.load(HOPPER[stem]), f"pyext_cuda_{launcher}_workspace")
         bytes_of.restype = ctypes.c_int64
         return bytes_of(ctypes.byref(p))
 
@@ -84,11 +93,29 @@ def test_leaves_to_sm_80_what_it_cannot_do():
     assert _workspace(softcap=3.0) == -1 and _workspace(rel_index=x.data_ptr()) == -1
 
 
+@pytest.mark.usefixtures("built")
+def test_leaves_other_relative_rows_to_sm_80():
+    x, rows = torch.zeros(2, 2, 40, 64, dtype=torch.float16), torch.zeros(1, 2, 79, 64, dtype=torch.float16)
+    same = dict.fromkeys(("out", "grad_out", "grad_query", "rel_query", "grad_rel_query"), view(x))
+    same |= dict(rel_q=view(rows), rel_q_batch=1, rel_q_heads=2, rel_rows=79, rel_index=x.data_ptr())
+
+    def of(**changes) -> int:
+        names = ("attention_sm90_relative_backward", "attention_relative_backward_sm90")
+        return _workspace(*names, **{**same, **changes})
+
+    assert 0 <= of() < of(grad_rel_q=x.data_ptr())
+    assert of(rel_k=view(rows), rel_k_batch=1, rel_k_heads=2) == -1 and of(diag=x.data_ptr()) == -1
+    assert of(segment=x.data_ptr()) == -1 and of(head_dim=136) == -1 and of(k_len=0) == -1
+    # Linear in the lengths, however many blocks of queries there are.
+    short, long = (of(grad_rel_q=x.data_ptr(), q_len=n, k_len=n) for n in (2**14, 2**15))
+    assert long < 2.01 * short
+
+
 # --- Machine code ---
 
 
 @pytest.mark.skipif(compiled.missing() is not None, reason=str(compiled.missing()))
-@pytest.mark.parametrize(("stem", "count"), [("attention_sm90", 24), ("attention_sm90_backward", 30)])
+@pytest.mark.parametrize(("stem", "count"), [("attention_sm90", 24), *zip(hopper.BACKWARD, (30, 14))])
 def test_exponentials_run_beside_products(stem, count):
     """ptxas may move a wait in front of the exponentials, or add one, without a word: then nothing overlaps."""
     kernels = hopper.hopper_kernels(stem)

@@ -214,7 +214,7 @@ struct Diagonals : DiagonalSums<kWarps, 1, kN, true> {
 
 // --- Launchers ---
 
-AttentionWorkspace workspace_of(const AttentionProblem& p, void* base) {
+inline AttentionWorkspace workspace_of(const AttentionProblem& p, void* base) {
   return AttentionWorkspace(p, base, true, ceil_div(p.q_len, kStepRows), ceil_div(p.q_len, kBlockRows));
 }
 

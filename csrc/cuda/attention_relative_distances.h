@@ -1,7 +1,8 @@
-// The gradients of tables of relative rows and of the diagonal bias: first by distance, by blocks of distances that go
-// over all queries and all heads that share the tables, then by the rows of a table.
+// The gradients of tables of relative rows and of the diagonal bias by distance: by blocks of distances that go over
+// all queries and all heads that share the tables.
 #pragma once
 #include "attention_relative_backward.h"
+#include "attention_relative_sum.h"
 
 namespace pyext {
 namespace {
@@ -239,49 +240,6 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     store_by_distance<Tile>(w.of_keys + at * p.head_dim, first, length, p.head_dim, of_keys);
   if (w.of_bias && threadIdx.x < Tile::rows && block.first_distance + threadIdx.x < length)
     w.of_bias[at + block.first_distance + threadIdx.x] = of_bias;
-}
-
-// gradient[b, h, row, :] = factor * the sum of by_distance over the distances of the row, the groups that share the
-// table, and their parts. A block per row, a warp per share of the distances, which are added in this order.
-__global__ void __launch_bounds__(kThreads)
-    attention_relative_sum(const float* by_distance, const __grid_constant__ RelativeWork w, const int32_t* index,
-                           int64_t length, int64_t batches, int64_t heads, int64_t rows, int features, float factor,
-                           float* gradient) {
-  PYEXT_SHARED(float, parts);  // (warps, features)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = blockIdx.x % rows, table = blockIdx.x / rows, batch = table / heads, head = table % heads;
-  const int64_t groups_b = w.group_batch / batches, groups_h = w.group_heads / heads;
-  float sum[4] = {};
-  const int64_t share = ceil_div(length, 32 * kWarps) * 32, end = min(length, (warp + 1) * share);
-  for (int64_t n = 0; n < groups_b * groups_h * w.parts; ++n) {
-    const int64_t group_batch = batch + n / w.parts / groups_h, group_head = head + n / w.parts % groups_h;
-    const int64_t slot = (group_batch * w.group_heads + group_head) * w.parts + n % w.parts;
-    const float* from = by_distance + slot * length * features + lane;
-    const auto add = [&](int64_t u) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (lane + 32 * i < features) sum[i] += from[u * features + 32 * i];
-    };
-    for (int64_t first = warp * share; first < end; first += 32) {
-      const int64_t own = first + lane;
-      unsigned found = __ballot_sync(~0u, own < end && (index ? index[own] : own) == row);
-      if (found == ~0u) {  // clipped distances: many loads on their way at once
-#pragma unroll 8
-        for (int u = 0; u < 32; ++u) add(first + u);
-      } else {
-        for (; found; found &= found - 1) add(first + __ffs(int(found)) - 1);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (lane + 32 * i < features) parts[warp * features + lane + 32 * i] = sum[i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < features; i += kThreads) {
-    float total = 0;
-    for (int k = 0; k < kWarps; ++k) total += parts[k * features + i];
-    gradient[blockIdx.x * int64_t(features) + i] = factor * total;
-  }
 }
 
 }  // namespace

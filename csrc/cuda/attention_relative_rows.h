@@ -53,13 +53,24 @@ struct WrittenRows {
   }
 };
 
-// By distance; or of each 32, row 8 j + 2 t + e is that of distance 8 t + 2 j + e; or of 8 j + t + 4 e.
-enum class RowOrder { natural, of_bands, of_octets };
+// By distance; or of each 32, row 8 j + 2 t + e is that of distance 8 t + 2 j + e; or of 8 j + t + 4 e; or of
+// 8 t + 4 (j % 2) + j / 2 + 2 e.
+enum class RowOrder { natural, of_bands, of_octets, of_gradients };
 
 template <RowOrder order>
-PYEXT_DEVICE int distance_of_row(int n) {
+PYEXT_DEVICE constexpr int distance_of_row(int n) {
   const int octet = n / 8, t = n % 8 / 2, e = n % 2;
-  return order == RowOrder::natural ? n : order == RowOrder::of_bands ? 8 * t + 2 * octet + e : 8 * octet + t + 4 * e;
+  switch (order) {
+    case RowOrder::natural:
+      return n;
+    case RowOrder::of_bands:
+      return 8 * t + 2 * octet + e;
+    case RowOrder::of_octets:
+      return 8 * octet + t + 4 * e;
+    case RowOrder::of_gradients:
+      return 8 * t + octet % 2 * 4 + octet / 2 + 2 * e;
+  }
+  return 0;
 }
 
 // A thread copies 8 features.

@@ -381,12 +381,8 @@ int launch_blocks(Kernel kernel, int64_t blocks, int threads, int shared_bytes, 
 
 int sum_table(const RelativeWorkspace& w, const float* by_distance, const int32_t* index, int64_t batches,
               int64_t heads, int64_t rows, int64_t features, double factor, void* gradient, cudaStream_t stream) {
-  const int64_t blocks = batches * heads * rows;
-  if (!gradient || blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(attention_relative_sum, dim3(unsigned(blocks)), dim3(kThreads), sizeof(float) * kWarps * features,
-                     stream, by_distance, w.work, index, w.length, batches, heads, rows, int(features), float(factor),
-                     static_cast<float*>(gradient));
+  const RelativeGroups groups{w.work.group_batch, w.work.group_heads, w.work.parts};
+  return sum_by_rows(by_distance, groups, index, w.length, batches, heads, rows, features, factor, gradient, stream);
 }
 
 template <class T, class Tile>

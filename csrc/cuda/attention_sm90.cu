@@ -67,7 +67,7 @@ struct HopperTile {
   static constexpr int rows_at = (strip_at + kStages * strip * int(sizeof(float)) + 1023) / 1024 * 1024;
   static constexpr int ring_at = rows_at + kRelativeStages * kBand * panels * kPanelBytes;
   static constexpr int work_at =
-      relative ? ring_at + BandRing::shared_bytes(consumers) : strip_at + kStages * strip * int(sizeof(float));
+      relative ? ring_at + BandRing<>::shared_bytes(consumers) : strip_at + kStages * strip * int(sizeof(float));
   static constexpr int barriers = 2 + 3 * 2 * kStages + (relative ? 2 * kRelativeStages : 0);
   static constexpr int shared_bytes = work_at + 32 + barriers * int(sizeof(uint64_t));
   static_assert(!relative || (queries_in_registers && columns == kBand),
@@ -95,7 +95,7 @@ struct Shared {
   PYEXT_DEVICE T* band(unsigned n) const {
     return reinterpret_cast<T*>(data + Tile::rows_at) + n % kRelativeStages * kBand * Tile::panels * kPanel;
   }
-  PYEXT_DEVICE BandRing products() const { return BandRing(reinterpret_cast<float*>(data + Tile::ring_at)); }
+  PYEXT_DEVICE BandRing<> products() const { return BandRing<>(reinterpret_cast<float*>(data + Tile::ring_at)); }
   PYEXT_DEVICE Ring<kRelativeStages> band_ring() const {
     uint64_t* const first = barriers() + 2 + 3 * 2 * kStages;
     return {first, first + kRelativeStages};
@@ -162,12 +162,8 @@ PYEXT_DEVICE void produce(const AttentionProblem& p, const Sources& from, const 
       // The band whose first product is that of the last tile's first key with the block's first query.
       [[maybe_unused]] const int last_band = work.end() - 1 - work.first / kBand;
       [[maybe_unused]] const auto load_band = [&](int i) {
-        const Ring<kRelativeStages> ring = shared.band_ring();
-        ring.wait_empty(bands);
-        ptx::mbarrier_expect(ring.barrier(bands), kBand * Tile::panels * kPanelBytes);
-        load_panels<Tile::panels, kBand, kBand>(shared.band(bands), from.rel_rows, ring.barrier(bands),
-                                                (last_band - i) * kBand + RelativeRows(p).origin,
-                                                p.rel_q_heads == 1 ? 0 : head, p.rel_q_batch == 1 ? 0 : batch);
+        pyext::load_band<Tile::panels>(shared.band_ring(), bands, shared.band(bands), from.rel_rows, p,
+                                       (last_band - i) * kBand, head, batch);
         ++bands;
       };
       if (Tile::relative && tiles > 0) load_band(0), load_band(1);
@@ -387,16 +383,6 @@ __global__ void attention_first_item(int* next_item) { *next_item = 0; }
 
 // --- Launch ---
 
-template <class T>
-cudaError_t map_relative(Sources& from, const AttentionProblem& p, void* rows, int query_rows) {
-  const RelativeRows relative(p);
-  Input expanded;
-  expanded.data = rows, expanded.row = p.head_dim;
-  expanded.head = relative.count * p.head_dim, expanded.batch = p.rel_q_heads * expanded.head;
-  const cudaError_t error = map_rows<T>(&from.rel_rows, expanded, p, p.rel_q_heads, relative.count, p.head_dim, kBand);
-  return error ? error : map_rows<T>(&from.rel_query, p.rel_query, p, p.heads, p.q_len, p.head_dim, query_rows);
-}
-
 template <class T, class Tile, bool biased>
 int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaStream_t stream) {
   if (ceil_div(p.q_len, Tile::rows) * p.heads * p.batch > INT32_MAX / 2) return cudaErrorInvalidValue;
@@ -404,7 +390,8 @@ int launch_forward(const AttentionProblem& p, const AttentionWorkspace& w, cudaS
   cudaError_t error = map_rows<T>(&from.query, p.query, p, p.heads, p.q_len, p.head_dim, Tile::rows);
   if (!error) error = map_rows<T>(&from.key, p.key, p, p.kv_heads, p.k_len, p.head_dim, Tile::columns);
   if (!error) error = map_rows<T>(&from.value, p.value, p, p.kv_heads, p.k_len, p.value_dim, Tile::columns);
-  if (!error && Tile::relative) error = map_relative<T>(from, p, static_cast<char*>(p.workspace) + w.bytes, Tile::rows);
+  if (!error && Tile::relative)
+    error = map_relative<T>(&from.rel_rows, &from.rel_query, p, static_cast<char*>(p.workspace) + w.bytes, Tile::rows);
   const Order order(p, Tile::rows);
   const int blocks = int(min_of(order.items(), ptx::multiprocessors()));
   const bool goes_on = blocks < order.items();

@@ -67,6 +67,13 @@ inline int multiprocessors() {
   return count;
 }
 
+// Keeps the compiler from working out ahead of here, and holding in registers, what follows from x.
+PYEXT_DEVICE void hide_value(int& x) { PYEXT_PTX(asm volatile("" : "+r"(x)), static_cast<void>(x)); }
+template <class T>
+PYEXT_DEVICE void hide_value(T*& x) {
+  PYEXT_PTX(asm volatile("" : "+l"(x)), static_cast<void>(x));
+}
+
 // --- Conversions ---
 
 PYEXT_DEVICE float to_float(float x) { return x; }

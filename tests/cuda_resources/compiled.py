@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 #: Those of CMakeLists.txt for Hopper alone are compiled for nothing else.
-ONLY = dict.fromkeys(("attention_sm90", "attention_sm90_backward"), ("sm_90a",))
+ONLY = dict.fromkeys(("attention_sm90", "attention_sm90_backward", "attention_sm90_relative_backward"), ("sm_90a",))
 BUILDS = [(source, name) for source in SOURCES for name in ONLY.get(source.stem, ARCHITECTURES)]
 CEILINGS = Path(__file__).with_name("ceilings.txt")
 OUT = ROOT / "build" / "cuda_resources"

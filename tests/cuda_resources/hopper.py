@@ -19,6 +19,7 @@ from .sass import Instruction, count, loops, of_full_tiles
 from .sass import instructions as sass_of
 
 SHUFFLE, LATENCY = 30, 1500  # cycles: of a shuffle; about, from taking an item to its first scores, and to its end
+BACKWARD = ("attention_sm90_backward", "attention_sm90_relative_backward")
 #: What FlashAttention-3 reaches of its own bound with this structure: 661 of 989 TF/s (its table 2).
 EFFICIENCY = 0.67
 
@@ -64,30 +65,83 @@ class Tile:
 
 @dataclass(frozen=True)
 class Backward:
-    """Of csrc/cuda/attention_sm90_backward.cu: which of its kernels."""
+    """Of csrc/cuda/attention_sm90*_backward.cu: which of its kernels."""
 
-    keys: bool  # dK and dV; else dQ
     width: int
-    biased: bool
+    biased: bool = False
+    relative: bool = False  # rows of queries
+    keys: bool = False  # dK and dV; else some of the next three
+    of_queries: bool = False  # dQ
+    of_rel_queries: bool = False  # d rel_query
+    of_rows: bool = False  # dR
+    of_bias: bool = False  # the gradient of a diagonal bias
     consumers = 2
     rows = 128
     columns = 64
 
     @classmethod
     def of(cls, kernel: Kernel) -> Backward:
-        which, width, biased = re.search(r"_(keys|queries)_sm90<\w+, (\d+), (\w+)", kernel.name).groups()
-        return cls(which == "keys", int(width), biased == "true")
+        if match := re.search(r"RelativeQueryTile<\w+, (\d+), (\w+), (\w+), (\w+)>", kernel.name):
+            return cls(int(match[1]), False, True, False, *(flag == "true" for flag in match.groups()[1:]))
+        which, width, biased, last = re.search(r"_(keys|queries)_sm90<\w+, (\d+), (\w+), (\w+)>", kernel.name).groups()
+        keys = which == "keys"
+        last = last == "true"
+        return cls(int(width), biased == "true", keys and last, keys, not keys, of_bias=not keys and last)
+
+    @classmethod
+    def whole(cls, width: int, biased: bool, relative: bool) -> list[Backward]:
+        """All that a call needs whose bias wants its gradient."""
+        of_keys = cls(width, biased, relative, keys=True)
+        if not relative:
+            return [of_keys, cls(width, biased, of_queries=True, of_bias=biased)]
+        made = [(True, True, True)] if width <= 64 else [(True, False, False), (False, True, True)]
+        return [of_keys, *(cls(width, False, True, False, *of) for of in made)]
+
+    @property
+    def made(self) -> str:
+        names = {"dQ": self.of_queries, "d rel_query": self.of_rel_queries, "dR": self.of_rows}
+        return "dK, dV" if self.keys else ", ".join(name for name, has in names.items() if has)
+
+    @property
+    def bias(self) -> str:
+        return "relative rows" if self.relative else "with gradient" if self.biased else ""
+
+    @property
+    def bands(self) -> int:
+        """Products of relative queries and a band of rows."""
+        return self.relative * (2 if self.keys else 1)
+
+    @property
+    def panels(self) -> int:
+        """Products of dS' and relative queries, 64 features each."""
+        return self.of_rows * -(-self.width // 64)
 
     @property
     def products(self) -> Counter:
-        """S and dP, of 64 columns; dV and dK, or dQ, of the width."""
-        each = self.columns // 16 * (2 if self.keys else 1)
-        return Counter({self.columns: 2 * (self.width // 16)}) + Counter({self.width: each})
+        """S and dP, bands, and dR, of 64 columns; dV and dK, or dQ and d rel_query, of the width."""
+        each = self.columns // 16
+        wide = each * (2 if self.keys else self.of_queries + self.of_rel_queries)
+        narrow = (2 + self.bands) * (self.width // 16) + each * self.panels
+        return Counter({self.columns: narrow}) + Counter({self.width: wide})
 
     @property
-    def left_in_registers(self) -> bool:
-        """The left operands of S and dP."""
-        return not self.keys or self.width <= 64
+    def waits_and_fences(self) -> tuple[int, int]:
+        """For products. Bands come before all others, and sums by distance are read before each of their products."""
+        if self.keys or not self.relative:
+            return 3 + self.keys + self.relative, 3 + self.relative
+        products = 3 + self.of_queries + self.of_rel_queries
+        return products + self.panels, products + max(0, self.panels - 1)
+
+    @property
+    def left_bytes(self) -> int:
+        """Left operands of a warpgroup in shared memory: of S and dP, of bands, and dS'."""
+        of_width = self.width // 16 * (2 * (self.keys and self.width > 64) + self.bands * (self.width > 64))
+        return 2048 * (of_width + self.columns // 16 * (self.of_rel_queries + self.panels))
+
+    @property
+    def loaded(self) -> int:
+        """By TMA: two tiles, and with relative rows a band, and for keys the relative queries."""
+        return 2 * self.columns * self.width * (2 + self.relative * (1 + self.keys))
 
     @property
     def overlaps(self) -> bool:
@@ -142,7 +196,7 @@ def complaints(kernel: Kernel) -> list[str]:
     if loop.products != tile.products:
         found.append(f"products {dict(loop.products)}, expected {dict(tile.products)}")
     waits, fences = loop.count(r"WARPGROUP\.DEPBAR"), loop.count(r"WARPGROUP\.ARRIVE")
-    expected = ((4, 3) if tile.keys else (3, 3)) if backward else (3, 2) if tile.relative else (2, 1)
+    expected = tile.waits_and_fences if backward else (3, 2) if tile.relative else (2, 1)
     if (waits, fences) != expected:
         found.append(f"{waits} waits for products and {fences} fences, expected {expected[0]} and {expected[1]}")
     exponentials = loop.under_way("MUFU")
@@ -175,11 +229,12 @@ def cycles(kernel: Kernel) -> dict[str, float]:
 
 
 def cycles_backward(kernel: Kernel) -> dict[str, float]:
+    """Sums by distance are read past shared memory."""
     tile = Backward.of(kernel)
-    operands = sum(times * 32 * n for n, times in tile.products.items())
-    if not tile.left_in_registers:
-        operands += 2 * (tile.width // 16) * 2048
-    return _units(kernel, tile, operands, 4 * tile.columns * tile.width)
+    operands = sum(times * 32 * n for n, times in tile.products.items()) + tile.left_bytes
+    units = _units(kernel, tile, operands, tile.loaded)
+    units["L2"] += tile.of_rows * 4 * tile.rows * tile.width / H200.l2_bytes
+    return units
 
 
 def softmax_path(kernel: Kernel) -> tuple[float, float]:
@@ -252,20 +307,25 @@ def of_calls() -> Iterator[str]:
 
 
 def of_backward() -> Iterator[str]:
-    """Both kernels make S and dP: 14 products' worth of work where 10 count."""
-    every = hopper_kernels("attention_sm90_backward")
+    """All kernels of a call make S and dP again: ten products count, and sixteen with relative rows."""
+    every = [k for stem in BACKWARD for k in hopper_kernels(stem) if "<bf16" in k.name]
+    kernel_of = {Backward.of(kernel): kernel for kernel in every}
 
     def rows() -> Iterator[list]:
-        for width, bias in itertools.product((64, 96, 128), ("false", "true")):
-            names = (f"_{which}_sm90<bf16, {width}, {bias}" for which in ("keys", "queries"))
-            pair = [next(k for k in every if name in k.name and "true, false" not in k.name) for name in names]
-            units, tile = [cycles_backward(kernel) for kernel in pair], Backward.of(pair[0])
-            bound = H200.rate(10 * tile.rows * tile.columns * width, sum(max(u.values()) for u in units))
-            for which, u, last in zip(("dK, dV", "dQ"), units, (("", ""), (bound, bound * EFFICIENCY))):
-                bias_column = "with gradient" if tile.biased else ""
-                yield [width, bias_column, which, *(u[name] for name in NAMES), max(u, key=u.get), *last]
+        for width, (biased, relative) in itertools.product(
+            (64, 96, 128), ((False, False), (True, False), (False, True))
+        ):
+            if relative and width == 96:  # that for 128
+                continue
+            tiles = Backward.whole(width, biased, relative)
+            units = [cycles_backward(kernel_of[tile]) for tile in tiles]
+            total = sum(max(u.values()) for u in units)
+            bound = H200.rate((16 if relative else 10) * tiles[0].rows * tiles[0].columns * width, total)
+            for tile, u in zip(tiles, units):
+                last = (total, bound, bound * EFFICIENCY) if tile == tiles[-1] else ("", "", "")
+                yield [width, tile.bias, tile.made, *(u[name] for name in NAMES), max(u, key=u.get), *last]
 
-    return table(("width", "bias", "kernel", *NAMES, "limit", "both: at most", "predicted"), rows())
+    return table(("width", "bias", "kernel", *NAMES, "limit", "all", "at most", "predicted"), rows())
 
 
 def main() -> None:
@@ -273,7 +333,7 @@ def main() -> None:
     print("\n".join(of_units()))
     print("\nTF/s predicted by length. Nothing here is measured.\n")
     print("\n".join(of_calls()))
-    print("\nBackward, cycles per tile of 128 x 64 scores.\n")
+    print("\nBackward, cycles per tile of 128 x 64 scores; of all kernels of a call, each at its limit, and at most.\n")
     print("\n".join(of_backward()))
 
 

@@ -35,6 +35,7 @@ _CUTS = {
         ("if (width <= 96) return launch_backward<T, 96>(p, w, stream);", ""),
         ("kStrips = 512", "kStrips = 4"),
     ),
+    "attention_sm90_relative_backward": (("kSlots = 132", "kSlots = 4"),),
 }
 
 
@@ -155,7 +156,7 @@ MUTANTS = [
 ]
 
 MUTANTS += [
-    Mutant("bands overwritten while they are read", "relative, clipped", "ring.wait_empty(bands);"),
+    Mutant("bands overwritten while they are read", "relative, clipped", "bands.wait_empty(n);"),
     Mutant("relative queries over queries", "relative, clipped", "shared.items().wait_empty(++n);", "++n;"),
     Mutant(
         "bands released before they are read",
@@ -242,5 +243,72 @@ MUTANTS += [
     ),
     _backward(
         "keys in the place of values", "wide, causal", "shared.block(1), from.value", "shared.block(1), from.key"
+    ),
+]
+
+
+def _relative(title: str, probe: str, old: str, new: str = "") -> Mutant:
+    return Mutant(title, f"relative{probe}", old, new, "attention_sm90_relative_backward")
+
+
+MUTANTS += [
+    _relative("tiles of products read too early", "", "ptx::bar_sync(1 + group, 128);  // all have stored theirs"),
+    _relative(
+        "tiles of products overwritten while they are read",
+        ", clipped",
+        "ptx::bar_sync(1 + group, 128);  // all have read what is overwritten",
+    ),
+    _relative(
+        "products of the other band",
+        "",
+        "place < kBand ? upper[j][e] : lower[j][e]",
+        "place < kBand ? lower[j][e] : upper[j][e]",
+    ),
+    _relative("bands of the step before", ", in turns", "head == of_head && lowest == distance", "head == of_head"),
+    _relative("bands overwritten while they are read, backward", ", more queries", "bands.wait_empty(n);"),
+    _relative(
+        "a band released before its product",
+        ", more queries",
+        "ptx::wgmma_wait<0>();\n    ptx::wgmma_pin(flat(lower)), ptx::wgmma_pin(flat(upper));\n    __syncwarp();",
+        "__syncwarp();",
+    ),
+    _relative(
+        "dS' read before all have stored theirs",
+        "",
+        "ptx::bar_sync(1 + group, 128);  // all of the warpgroup have stored theirs",
+    ),
+    _relative("no proxy fence before the products of dS'", "", "ptx::fence_proxy_async();"),
+    _relative(
+        "sums of a band out of turn",
+        ", more queries",
+        "ptx::bar_sync(3, kThreads);\n    if constexpr (Tile::of_rows)",
+        "if constexpr (Tile::of_rows)",
+    ),
+    _relative("the first tile's lower band keeps what was there", ", in turns", "gradients.store(left[0], count - 1);"),
+    _relative("dS' of the other band", "", "return bands + tile % 2", "return bands + (tile + 1) % 2"),
+    _relative(
+        "the first warpgroup a band too low", "", "if (group == 0) leave_band();", "if (group == 2) leave_band();"
+    ),
+    _relative("sums a band too high", "", "(group + 1) * kBand", "group * kBand"),
+    _relative("sums that nobody cleared", "", "store_sums(nothing, row, panel);", ";"),
+    _relative(
+        "sums by distance in another order",
+        "",
+        "distance_of_row<kBackwardOrder>(int(row % 32))",
+        "distance_of_row<RowOrder::natural>(int(row % 32))",
+    ),
+    _relative("sums of one head for all", ", one table", "n < heads * per_head", "n < per_head"),
+    _relative("dR without the scale", ", clipped", "p.scale, p.grad_rel_q", "1, p.grad_rel_q"),
+    _relative(
+        "gradients over queries that lanes still load",
+        ", wide",
+        "__syncwarp();\n      shared.blocks().release(n);\n      shared.blocks().wait_full(++n);",
+        "shared.blocks().release(n);\n      shared.blocks().wait_full(++n);",
+    ),
+    _relative(
+        "keys released before S has read them",
+        ", more queries",
+        "ptx::wgmma_wait<1>();\n    ptx::wgmma_pin(flat(s));\n    products()",
+        "if (!Tile::of_queries) key_ring.release(count);\n ptx::wgmma_wait<1>();\n products()",
     ),
 ]

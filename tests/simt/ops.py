@@ -29,7 +29,10 @@ STEMS = (
 )
 SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in STEMS}
 #: In place of those for sm_80, for what csrc/cuda/attention_sm90*.cu take.
-HOPPER = {name: Kernel(f"csrc/cuda/{name}.cu") for name in ("attention_sm90", "attention_sm90_backward")}
+HOPPER = {
+    name: Kernel(f"csrc/cuda/{name}.cu")
+    for name in ("attention_sm90", "attention_sm90_backward", "attention_sm90_relative_backward")
+}
 
 
 @contextlib.contextmanager
@@ -214,4 +217,5 @@ OPERATORS = {
 VARIANTS = {
     "attention_forward": {"attention_relative_forward": "attention_sm80_relative"},
     "attention_backward": {"attention_relative_backward": "attention_sm80_relative_backward"},
+    "attention_backward_sm90": {"attention_relative_backward_sm90": "attention_sm90_relative_backward"},
 }

@@ -357,13 +357,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       a.query, "query", [&] { kernels().attention_backward(p, parallel()); },
       [&](auto stream) {
         const bool relative = p.rel_index != nullptr;
-        return launch_best(
-            a.query, p, stream,
-            {relative ? pyext_cuda_attention_relative_backward_sm90_workspace
-                      : pyext_cuda_attention_backward_sm90_workspace,
-             relative ? pyext_cuda_attention_relative_backward_workspace : pyext_cuda_attention_backward_workspace,
-             relative ? pyext_cuda_attention_relative_backward_sm90 : pyext_cuda_attention_backward_sm90,
-             relative ? pyext_cuda_attention_relative_backward : pyext_cuda_attention_backward});
+        return launch_best(a.query, p, stream,
+                           {relative ? pyext_cuda_attention_relative_backward_sm90_workspace
+                                     : pyext_cuda_attention_backward_sm90_workspace,
+                            !relative      ? pyext_cuda_attention_backward_workspace
+                            : p.rel_k.data ? pyext_cuda_attention_relative_both_backward_workspace
+                                           : pyext_cuda_attention_relative_backward_workspace,
+                            relative ? pyext_cuda_attention_relative_backward_sm90 : pyext_cuda_attention_backward_sm90,
+                            !relative      ? pyext_cuda_attention_backward
+                            : p.rel_k.data ? pyext_cuda_attention_relative_both_backward
+                                           : pyext_cuda_attention_relative_backward});
       });
   return {grad_query,     grad_key,   grad_value, grad_dense,   grad_diag,
           grad_rel_query, grad_rel_q, grad_rel_k, grad_segment, grad_sinks};

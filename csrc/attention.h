@@ -80,6 +80,8 @@ extern "C" int pyext_cuda_attention_relative_forward(const pyext::AttentionProbl
 extern "C" int64_t pyext_cuda_attention_relative_forward_workspace(const pyext::AttentionProblem&);
 extern "C" int pyext_cuda_attention_relative_backward(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_relative_backward_workspace(const pyext::AttentionProblem&);
+extern "C" int pyext_cuda_attention_relative_both_backward(const pyext::AttentionProblem&, void* stream);
+extern "C" int64_t pyext_cuda_attention_relative_both_backward_workspace(const pyext::AttentionProblem&);
 // csrc/cuda/attention_sm90*.cu, on devices of compute capability 9.0; a workspace of -1 bytes: not this problem.
 extern "C" int pyext_cuda_attention_forward_sm90(const pyext::AttentionProblem&, void* stream);
 extern "C" int64_t pyext_cuda_attention_forward_sm90_workspace(const pyext::AttentionProblem&);

@@ -36,7 +36,7 @@ from support.parts import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
-STEMS = ("attention_sm80", "attention_sm80_backward", "attention_sm80_relative", "attention_sm80_relative_backward")
+STEMS = tuple(stem for stem in SOURCES if stem.startswith("attention_sm80"))
 pytestmark = pytest.mark.skipif(not backends.CUDA, reason="neither a GPU with CUDA kernels nor the emulator")
 emulated = pytest.mark.skipif(backends.HAS_GPU, reason="the emulator has no place beside a GPU")
 
@@ -132,6 +132,7 @@ RELATIVE = [
     case(Shape(1, 1, 1, 130, 60, 64, 64), disentangled("c2p", buckets=16, max_position=60), causal()),
     case(Shape(1, 2, 2, 70, 130, 64, 64), disentangled(buckets=16, max_position=60)),
     case(Shape(2, 2, 1, 97, 60, 72, 64), disentangled(batched=True), padding(), t5()),
+    case(Shape(1, 2, 1, 400, 300, 64, 64), shaw(30), documents(cross=True, rolled=True, count=3)),
     case(Shape(2, 2, 2, 70, 97, 64, 64), transformer_xl("xlnet"), segment()),
     case(Shape(1, 2, 2, 65, 40, 128, 128), transformer_xl("xlnet", batched=True), segment(batched=False), causal()),
     case(Shape(1, 3, 3, 33, 90, 64, 32), disentangled(), segment(count=3), diagonal("1"), padding()),

@@ -3,20 +3,19 @@
 // the other of keys, distances are c - r (rows are queries) or r - c (rows are keys) and a constant: a product with a
 // band of relative rows, and its gradient, are GEMMs of the tile skewed by that.
 #pragma once
-#include "attention_backward.h"
 #include "attention_relative_rows.h"
+#include "attention_relative_sum.h"
 
 namespace pyext {
 namespace {
 
 constexpr int kRelativeRows = 64, kRelativeColumns = 32;
 
-// of_both: relative rows for keys, too.
-template <int width_, bool of_both_>
+template <int width_>
 struct RelativeBackward {
   static constexpr int width = width_, rows = kRelativeRows, columns = kRelativeColumns, warps = rows / 16, M = 1,
                        N = columns / 8, threads = 32 * warps;
-  static constexpr bool of_both = of_both_;
+  static constexpr bool extras = true;  // there may be segments, or a diagonal bias
   // Wide rows leave no shared memory to copy tiles ahead of their use.
   static constexpr int stages = width <= 64 ? 2 : 1;
   // Distances of a tile, of a warp's 16 rows of it, and of all rows with 16 of its columns; the last is of no use.
@@ -83,6 +82,7 @@ struct Band {
   // Starts the copy of `count` rows from `entry` on, both of them multiples of Tile::columns; of distances u from
   // `distance` on.
   PYEXT_DEVICE void load(const T* rows, int entry, int64_t distance, int count) const {
+#pragma unroll 1
     for (int n = 0; n < count; n += Tile::columns)
       copy_relative<Tile, Tile::columns>(Rows{from(entry + n).at(0, 0)}, p, rows, distance + n);
   }
@@ -238,6 +238,80 @@ PYEXT_DEVICE void to_score_gradients(float (&ds)[1][N][4], const float (&s)[1][N
 PYEXT_DEVICE void load_rows(float (&to)[2], const float* from, int64_t pair, int64_t row, int64_t count) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) to[half] = row + 8 * half < count ? from[pair * count + row + 8 * half] : 0.0f;
+}
+
+// --- Tiles of keys by queries, transposed ---
+
+// What a tile of queries brings besides its rows.
+template <class Tile>
+struct RelativeQueries {
+  float strip[Tile::distances], lse[Tile::columns], delta[Tile::columns];
+  Interval seen[Tile::columns];
+  float segments[Tile::columns][2];
+  int segment_ids[Tile::columns];
+};
+
+// The same on its way: read early, stored late, so that nobody waits for global memory.
+template <class Tile>
+struct RelativeQueriesAhead {
+  float strip, lse, delta, segments[2];
+  Interval seen;
+  int segment_id;
+  static_assert(Tile::columns <= Tile::threads && Tile::distances <= Tile::threads, "one of each per thread");
+
+  // first: of the tile's queries; start: of its strip.
+  template <class Work>
+  PYEXT_DEVICE void read(const AttentionProblem& p, const Work& w, int64_t batch, int64_t head, int64_t first,
+                         int64_t start) {
+    const int64_t query = first + threadIdx.x, pair = batch * p.heads + head, at = start + threadIdx.x;
+    strip = Tile::extras && p.diag && 0 <= at && at < w.strip_length
+                ? (w.strips + (p.diag_heads == 1 ? 0 : head * w.strip_length))[at]
+                : 0.0f;
+    const bool exists = threadIdx.x < Tile::columns && query < p.q_len;
+    lse = exists ? w.lse[pair * p.q_len + query] : 0.0f, delta = exists ? w.delta[pair * p.q_len + query] : 0.0f;
+    if (exists) seen = given(p, batch, query);
+    if (!Tile::extras || !p.segment) return;
+    segment_id = exists ? p.segment_q[batch * p.segment_q_batch + query] : 0;
+#pragma unroll
+    for (int same = 0; same < 2; ++same) segments[same] = exists ? segment_score(p, pair, query, same) : 0.0f;
+  }
+  PYEXT_DEVICE void store(const AttentionProblem& p, int64_t first, RelativeQueries<Tile>& to) const {
+    const int i = threadIdx.x;
+    if (Tile::extras && i < Tile::distances) to.strip[i] = strip;
+    if (i >= Tile::columns) return;
+    to.lse[i] = lse, to.delta[i] = delta, to.seen[i] = visible(p, first + i, seen);
+    if (Tile::extras && p.segment)
+      to.segment_ids[i] = segment_id, to.segments[i][0] = segments[0], to.segments[i][1] = segments[1];
+  }
+};
+
+// Products become weights; rows are keys.
+template <class Tile>
+PYEXT_DEVICE void to_weights(float (&s)[1][Tile::N][4], const AttentionProblem& p, const RelativeQueries<Tile>& stage,
+                             const int (&row_ids)[2], int first_key, bool all) {
+  const int row = threadIdx.x / 32 * 16 + lane_row();
+  const float scale = float(p.scale) * kLog2e;
+  const auto for_each = [&](const auto& f) {
+#pragma unroll
+    for (int j = 0; j < Tile::N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(s[0][j][e], row + e / 2 * 8, 8 * j + lane_column() + e % 2);
+    }
+  };
+  if (Tile::extras && p.diag)
+    for_each([&](float& x, int key, int query) { x = fmaf(x, scale, stage.strip[key - query + Tile::columns - 1]); });
+  else
+    scale_rows(s, scale);
+  if (Tile::extras && p.segment)
+    for_each([&](float& x, int key, int query) {
+      const bool same = row_ids[(key - row) / 8] == stage.segment_ids[query];
+      x += stage.segments[query][same];
+    });
+  for_each([&](float& x, int, int query) { x = ptx::exp2_approx(x - stage.lse[query]); });
+  if (!all)
+    for_each([&](float& x, int key, int query) {
+      if (!stage.seen[query].holds(first_key + key)) x = 0;
+    });
 }
 
 }  // namespace

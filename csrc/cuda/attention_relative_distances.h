@@ -2,7 +2,6 @@
 // all queries and all heads that share the tables.
 #pragma once
 #include "attention_relative_backward.h"
-#include "attention_relative_sum.h"
 
 namespace pyext {
 namespace {
@@ -11,8 +10,7 @@ namespace {
 // r + u from the first ones' own on: a parallelogram within tiles of these queries and twice as many keys.
 template <class T, class Tile>
 struct ByDistance {
-  static constexpr int width = Tile::width, rows = Tile::rows, columns = Tile::columns, N = Tile::N,
-                       both = Tile::of_both;
+  static constexpr int width = Tile::width, rows = Tile::rows, columns = Tile::columns, N = Tile::N;
   static constexpr int steps = 2 * rows / columns, pitch = rows + 9, key_pitch = rows + 3;
   using Rows = SharedTile<T, width>;
 
@@ -20,10 +18,10 @@ struct ByDistance {
   const RelativeWork& w;
   Pieces pieces;
   const Rows queries = tile(rows), rel_queries = tile(rows), grads = tile(rows), band = tile(rows),
-             band_of_keys = tile(both * rows), stages = tile(2 * Tile::stages * columns);
-  float* const products = pieces.take<float>(4 * rows * pitch);                    // (queries, distances), then dS
-  float* const key_products = pieces.take<float>(both * 4 * columns * key_pitch);  // of one step, (keys, distances)
-  const SharedTile<T, rows> key_gradients{pieces.take<T>(both * 2 * tile_elements<rows>(columns))};  // dS, too
+             band_of_keys = tile(rows), stages = tile(2 * Tile::stages * columns);
+  float* const products = pieces.take<float>(4 * rows * pitch);             // (queries, distances), then dS
+  float* const key_products = pieces.take<float>(4 * columns * key_pitch);  // of one step, (keys, distances)
+  const SharedTile<T, rows> key_gradients{pieces.take<T>(2 * tile_elements<rows>(columns))};  // dS, too
   float* const strip = pieces.take<float>(4 * rows);
   RelativeSeen<Tile>& seen = *pieces.take<RelativeSeen<Tile>>(sizeof(RelativeSeen<Tile>));
   int64_t first_distance = 0, batch = 0, head = 0, first_query = 0, first_key = 0;
@@ -31,9 +29,9 @@ struct ByDistance {
   SegmentRows segments;
   bool all = false;
 
-  static constexpr int bytes = 2 * tile_elements<width>((4 + both) * rows + 2 * Tile::stages * columns) +
-                               4 * (rows * pitch + both * columns * key_pitch + rows) +
-                               both * 2 * tile_elements<rows>(columns) + int(sizeof(RelativeSeen<Tile>));
+  static constexpr int bytes = 2 * tile_elements<width>(5 * rows + 2 * Tile::stages * columns) +
+                               4 * (rows * pitch + columns * key_pitch + rows) + 2 * tile_elements<rows>(columns) +
+                               int(sizeof(RelativeSeen<Tile>));
 
   PYEXT_DEVICE ByDistance(const AttentionProblem& p, const RelativeWork& w, char* shared)
       : p(p), w(w), pieces{shared} {}
@@ -123,7 +121,7 @@ struct ByDistance {
     }
     for_each(step, [&](int query, int distance, int key, int j, int e) {
       float x = s[0][j][e] + products[query * pitch + distance];
-      if (both) x += key_products[key * key_pitch + distance];
+      x += key_products[key * key_pitch + distance];
       biased[0][j][e] = fmaf(x, float(p.scale) * kLog2e, strip[distance]);
     });
     const int64_t at = first_key + step * columns;
@@ -137,7 +135,7 @@ struct ByDistance {
     to_score_gradients(ds, biased, lse, delta);
     for_each(step, [&](int query, int distance, int key, int j, int e) {
       products[query * pitch + distance] = ds[0][j][e];
-      if (both) *key_gradients.at(key, distance) = ptx::from_float<T>(ds[0][j][e]);
+      *key_gradients.at(key, distance) = ptx::from_float<T>(ds[0][j][e]);
     });
   }
 
@@ -198,7 +196,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
     copy_relative<Tile, Tile::rows>(to, p, rows, block.first_distance);
   };
   copy(block.band, w.rows.rows_of_queries<T>(p, group_batch, group_head));
-  if (Tile::of_both) copy(block.band_of_keys, w.rows.rows_of_keys<T>(p, group_batch, group_head));
+  copy(block.band_of_keys, w.rows.rows_of_keys<T>(p, group_batch, group_head));
   ptx::cp_async_commit();
   w.load_strip<Tile>(block.strip, p, group_head, block.first_distance, Tile::rows);
 
@@ -217,16 +215,13 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         __syncthreads();  // this step's keys are there, for all, and all are done with the last one's
         if (Tile::stages > 1 && step + 1 < block.steps) block.load_keys(step + 1);
         if (step == 0) block.multiply_rows();
-        if (Tile::of_both) {
-          block.multiply_keys(step);
-          __syncthreads();  // all warps' products are there
-        }
+        block.multiply_keys(step);
+        __syncthreads();                                       // all warps' products are there
         const int first = step * Tile::columns - block.own();  // distance of the warp's first query and the first key
         if (first + Tile::columns > 0 && first - 15 < Tile::rows) block.to_gradients(step);
-        if (Tile::of_both) block.add_keys(of_keys, step);
+        block.add_keys(of_keys, step);
       }
-      __syncthreads();  // all warps' dS is there
-      block.add_queries(of_queries);
+      block.add_queries(of_queries);  // all warps' dS is there, for add_keys
       if (w.of_bias && threadIdx.x < Tile::rows)
         for (int query = 0; query < Tile::rows; ++query) of_bias += block.products[query * block.pitch + threadIdx.x];
     }
@@ -236,8 +231,7 @@ __global__ void __launch_bounds__(Tile::threads, 1)
   const int64_t first = block.first_distance + block.own();
   const int64_t at = slot * length;
   if (w.of_queries) store_by_distance<Tile>(w.of_queries + at * p.head_dim, first, length, p.head_dim, of_queries);
-  if (Tile::of_both && w.of_keys)
-    store_by_distance<Tile>(w.of_keys + at * p.head_dim, first, length, p.head_dim, of_keys);
+  if (w.of_keys) store_by_distance<Tile>(w.of_keys + at * p.head_dim, first, length, p.head_dim, of_keys);
   if (w.of_bias && threadIdx.x < Tile::rows && block.first_distance + threadIdx.x < length)
     w.of_bias[at + block.first_distance + threadIdx.x] = of_bias;
 }

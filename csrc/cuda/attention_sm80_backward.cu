@@ -1,25 +1,14 @@
-// Attention backward for sm_80 and later, in five products: a block has a tile of keys and goes over the queries that
-// see them. dK and dV stay in its registers; its part of dQ it adds to an fp32 sum in global memory, after the blocks
-// of the keys before its own. So every sum is in a fixed order, without atomics.
+// Attention backward for sm_80 and later, in five products: see attention_backward_turns.h. All blocks go from the last
+// queries to the first ones. Blocks of neighbouring keys are then one step apart, and under a causal mask those with
+// most to do begin.
 //
 //   P = exp2(S - lse), dP = dO V^T, dS = P (dP - delta), delta = <dO, O> - dLSE
 //   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
 // Source: Dao, "FlashAttention-2" (2023), algorithm 2.
-//
-// Who waits for whom: blocks take their work from a counter, and wait for none but blocks that took theirs before. All
-// those are running or done, so that whoever is in front never waits, however blocks are scheduled. Work is handed out
-// by keys, the first ones first, of several heads in turn; all go from the last queries to the first ones. Blocks of
-// neighbouring keys are then one step apart, and under a causal mask those with most to do begin.
-#include "attention_backward.h"
+#include "attention_backward_turns.h"
 
 namespace pyext {
 namespace {
-
-// Queries of one head, then of the next that shares the keys; of each the last ones first.
-struct Step {
-  int head, block;  // head: 0 is the first one of those that share the keys
-  bool all, first;  // whether these queries see all of the block's keys, and no key of a block of its chain before it
-};
 
 // A tile of keys by a step of queries. Of both, S and its like have rows of keys: 16 m of them for each warp, and the
 // queries, and the features of dK and dV, are divided among query_warps. dQ has rows of queries, and a warp has
@@ -34,6 +23,7 @@ struct BackwardTile {
   static constexpr int QN = features / 8, part = queries * width;
   static_assert(warps % row_warps == 0 && QN * 8 * (warps / row_warps) == width && keys % 32 == 0, "all of dQ");
   static_assert(queries <= threads, "a thread per query");
+  static PYEXT_DEVICE int thread() { return threadIdx.x; }
 
   using Stage = QueryStageOf<keys, queries>;
   using Sums = DiagonalSums<warps, M, N, false, query_warps>;
@@ -55,48 +45,6 @@ constexpr bool kFewRegisters = true;
 #else
 constexpr bool kFewRegisters = false;
 #endif
-
-// --- The order of work ---
-
-// Sums of dQ, each by blocks of its own that wait for each other, if there are too few heads to fill a GPU; heads whose
-// blocks take turns. Both: so many that few blocks at a time work at the same sum.
-constexpr int64_t kChains = 16;
-
-struct BackwardWork {
-  AttentionWorkspace of;
-  int key_blocks, steps, chains, together;
-  float scale;  // of scores in units of log2
-  // Of every block of keys, (batch, kv_heads, key_blocks): the steps it is past, see `Step`; and work taken so far.
-  int *past = nullptr, *taken = nullptr;
-  float* parts = nullptr;  // dQ: (chains, batch, heads, steps), of each a tile as threads hold it
-
-  template <class Tile>
-  BackwardWork(const AttentionProblem& p, void* base, Tile)
-      : of(p, base, true, ceil_div(p.q_len, Tile::queries), ceil_div(p.k_len, Tile::keys)),
-        key_blocks(int(ceil_div(p.k_len, Tile::keys))),
-        steps(int(ceil_div(p.q_len, Tile::queries))),
-        scale(float(p.scale) * kLog2e) {
-    const int64_t heads = p.batch * p.heads, pairs = p.batch * p.kv_heads;
-    chains = int(max_of(1, min_of(key_blocks, kChains / max_of(1, heads))));
-    together = int(max_of(kChains, of.slot_count ? ceil_div(kStrips * pairs, of.slot_count * max_of(1, heads)) : 0));
-    of.take(base, past, pairs * key_blocks), of.take(base, taken, 1);
-    of.take(base, parts, chains * heads * steps * Tile::part);
-  }
-  __host__ __device__ const Range* ranges(int64_t batch) const {
-    return reinterpret_cast<const Range*>(of.ranges) + batch * steps;
-  }
-  __host__ __device__ float* part(int64_t chain, int64_t heads, int64_t head, int64_t step, int64_t size) const {
-    return parts + ((chain * heads + head) * steps + step) * size;
-  }
-};
-
-// Zeros that blocks begin with.
-__global__ void __launch_bounds__(256)
-    attention_backward_clear(int* counters, int64_t count, float* slots, int64_t slot_entries) {
-  const int64_t at = blockIdx.x * int64_t(256) + threadIdx.x;
-  if (at < count) counters[at] = 0;
-  if (at < slot_entries) slots[at] = 0;
-}
 
 // --- Keys by queries ---
 
@@ -122,121 +70,6 @@ struct QueriesAhead {
     if (threadIdx.x >= Tile::queries) return;
     stage.lse[threadIdx.x] = lse, stage.delta[threadIdx.x] = delta;
     stage.seen[threadIdx.x] = visible(p, first + threadIdx.x, seen);
-  }
-};
-
-// The sum of dQ so far, as this thread holds it of a step's tile; it goes there again with the block's part in it.
-template <class Tile>
-struct QuerySum {
-  float of[Tile::QM][Tile::QN][4];
-
-  static PYEXT_DEVICE float4* at(float* part, int i, int j) {
-    return reinterpret_cast<float4*>(part) + (i * Tile::QN + j) * Tile::threads + threadIdx.x;
-  }
-  PYEXT_DEVICE void clear() {
-#pragma unroll
-    for (int i = 0; i < Tile::QM; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::QN; ++j) of[i][j][0] = of[i][j][1] = of[i][j][2] = of[i][j][3] = 0;
-    }
-  }
-  PYEXT_DEVICE void begin(bool first, float* part) {
-    if (first)
-      clear();
-    else
-      load(part);
-  }
-  PYEXT_DEVICE void load(float* part) {
-#pragma unroll
-    for (int i = 0; i < Tile::QM; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::QN; ++j) {
-        const float4 x = *at(part, i, j);
-        of[i][j][0] = x.x, of[i][j][1] = x.y, of[i][j][2] = x.z, of[i][j][3] = x.w;
-      }
-    }
-  }
-  PYEXT_DEVICE void store(float* part) const {
-#pragma unroll
-    for (int i = 0; i < Tile::QM; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::QN; ++j) *at(part, i, j) = {of[i][j][0], of[i][j][1], of[i][j][2], of[i][j][3]};
-    }
-  }
-
-  static PYEXT_DEVICE int row() { return threadIdx.x / 32 % Tile::row_warps * 16 * Tile::QM; }
-  static PYEXT_DEVICE int column() { return threadIdx.x / 32 / Tile::row_warps * Tile::features; }
-
-  // Adds dS K. ds_t has rows of keys.
-  template <class T>
-  PYEXT_DEVICE void add(const SharedTile<T, Tile::queries>& ds_t, const SharedTile<T, Tile::width>& keys) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < Tile::keys; k += 32) {
-      uint32_t left[2][Tile::QM][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < Tile::QM; ++i)
-          ptx::ldmatrix_transposed(
-              left[half][i], ds_t.at(k + 16 * half + lane / 16 * 8 + lane % 8, row() + 16 * i + lane / 8 % 2 * 8));
-      }
-#pragma unroll
-      for (int j = 0; j < Tile::QN; ++j) {
-        uint32_t right[4];
-        ptx::ldmatrix_transposed(right, keys.at(k + lane, column() + 8 * j));
-#pragma unroll
-        for (int i = 0; i < Tile::QM; ++i) {
-          ptx::mma<T>(of[i][j], left[0][i], {right[0], right[1]});
-          ptx::mma<T>(of[i][j], left[1][i], {right[2], right[3]});
-        }
-      }
-    }
-  }
-};
-
-// P^T and dS^T, of which a warp computes those of its keys and a part of the queries. As left operands of products it
-// needs them of its keys and all queries: of those that share its keys it gets theirs through shared memory.
-template <class T, class Tile>
-struct KeyRows {
-  SharedTile<T, Tile::queries> tile;
-
-  static PYEXT_DEVICE int warp() { return threadIdx.x / 32 % Tile::warps; }
-  static PYEXT_DEVICE int first_key() { return warp() / Tile::query_warps * 16 * Tile::M; }
-  static PYEXT_DEVICE int first_query() { return warp() % Tile::query_warps * 8 * Tile::N; }
-  static PYEXT_DEVICE int first_feature() { return warp() % Tile::query_warps * 8 * Tile::J; }
-
-  PYEXT_DEVICE void store(const uint32_t (&part)[Tile::M][Tile::N / 2][4]) const {
-#pragma unroll
-    for (int i = 0; i < Tile::M; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::N / 2; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int key = first_key() + 16 * i + lane_row() + e % 2 * 8;
-          const int query = first_query() + 16 * j + lane_column() + e / 2 * 8;
-          *reinterpret_cast<uint32_t*>(tile.at(key, query)) = part[i][j][e];
-        }
-      }
-    }
-  }
-  // Of those who share this warp's keys.
-  PYEXT_DEVICE void sync() const {
-    if (Tile::query_warps > 1) ptx::bar_sync(1 + warp() / Tile::query_warps, 32 * Tile::query_warps);
-  }
-  // Adds the product of these rows, of which `part` is this warp's, and this warp's features of `rows`, the queries'.
-  PYEXT_DEVICE void add_product(float (&sum)[Tile::M][Tile::J][4], const uint32_t (&part)[Tile::M][Tile::N / 2][4],
-                                const SharedTile<T, Tile::width>& rows) const {
-    if constexpr (Tile::query_warps == 1) {
-      multiply(sum, part, rows);
-    } else {
-#pragma unroll
-      for (int k = 0; k < Tile::queries; k += 16) {
-        uint32_t left[Tile::M][1][4];
-        read_left(left, SharedTile<T, Tile::queries>{tile.at(0, k)}, first_key());
-        multiply(sum, left, SharedTile<T, Tile::width>{rows.at(k, first_feature())});
-      }
-    }
   }
 };
 
@@ -290,16 +123,6 @@ PYEXT_DEVICE void add_grad_weights(float (&sum)[Tile::M][Tile::N][4], const Shar
   }
 }
 
-// The same factor for all rows of a lane.
-template <int M>
-struct RowFactors {
-  float of[M][2];
-  PYEXT_DEVICE explicit RowFactors(float factor) {
-#pragma unroll
-    for (int i = 0; i < M; ++i) of[i][0] = of[i][1] = factor;
-  }
-};
-
 // The sums of a tile along diagonals, on their way to a strip in global memory that nobody else adds to meanwhile.
 template <class Tile>
 struct DiagonalsAhead {
@@ -338,13 +161,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   auto& other = *reinterpret_cast<typename Tile::Shared*>(rows.tile.at(kKeys, 0));
   const typename Tile::Sums sums(reinterpret_cast<float*>(&other + 1));
 
-  if (threadIdx.x == 0) other.ticket = atomicAdd(w.taken, 1);
-  __syncthreads();
-  const int64_t of_group = int64_t(w.together) * w.key_blocks, within = other.ticket % of_group;
-  const int first_pair = int(other.ticket / of_group) * w.together;
-  const int pairs = min(w.together, int(p.batch * p.kv_heads) - first_pair);
-  const int key_block = int(within / pairs), pair = first_pair + int(within % pairs), first_key = key_block * kKeys;
-  const int kv_head = pair % int(p.kv_heads), batch = pair / int(p.kv_heads);
+  const auto [key_block, pair] = KeyBlock::take(p, w, other.ticket);
+  const int first_key = key_block * kKeys, kv_head = pair % int(p.kv_heads), batch = pair / int(p.kv_heads);
   const int sharing = int(p.heads / p.kv_heads);
   if (threadIdx.x == 0) {
     const int64_t head = batch * p.heads + kv_head * sharing;
@@ -473,22 +291,9 @@ __global__ void __launch_bounds__(Tile::threads)
     attention_backward_finish(const __grid_constant__ AttentionProblem p, const __grid_constant__ BackwardWork w) {
   const int64_t step = blockIdx.x % w.steps, of_batch = blockIdx.x / w.steps;
   const int64_t head = of_batch % p.heads, batch = of_batch / p.heads;
-  const Range seen = w.ranges(batch)[step];
-  const int begin = seen.begin / Tile::keys, end = int(ceil_div(seen.end, Tile::keys));
-  QuerySum<Tile> sum, part;
-  sum.clear();
-  for (int chain = 0; chain < w.chains; ++chain) {
-    if (begin + (chain - begin % w.chains + w.chains) % w.chains >= end) continue;  // nobody wrote it
-    part.load(w.part(chain, p.batch * p.heads, of_batch, step, Tile::part));
-#pragma unroll
-    for (int i = 0; i < Tile::QM; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::QN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum.of[i][j][e] += part.of[i][j][e];
-      }
-    }
-  }
+  const QuerySum<Tile> sum = sum_chains<Tile>(w, w.ranges(batch)[step], [&](int chain) {
+    return w.part(chain, p.batch * p.heads, of_batch, step, Tile::part);
+  });
   T* const to = static_cast<T*>(p.grad_query.data) + batch * p.grad_query.batch + head * p.grad_query.head;
   store_rows(to + sum.column(), p.grad_query.row, step * Tile::queries + sum.row(), p.q_len, p.head_dim - sum.column(),
              sum.of, RowFactors<Tile::QM>(float(p.scale)).of);
@@ -510,10 +315,8 @@ template <class T, class Tile, bool biased, bool diagonals>
 int launch_tiles(const AttentionProblem& p, const BackwardWork& w, cudaStream_t stream) {
   const int64_t pairs = p.batch * p.kv_heads, blocks = w.key_blocks * pairs, tiles = p.batch * p.heads * w.steps;
   if (blocks > INT32_MAX || tiles > INT32_MAX) return cudaErrorInvalidValue;
-  const int64_t counters = w.taken - w.past + 1, slots = p.batch * p.heads * w.of.slot_count * w.of.strip_length;
-  if (const int error = ptx::launch(attention_backward_clear, dim3(unsigned(ceil_div(max_of(counters, slots), 256))),
-                                    dim3(256), 0, stream, w.past, counters, w.of.slots, slots))
-    return error;
+  const int64_t slots = p.batch * p.heads * w.of.slot_count * w.of.strip_length;
+  if (const int error = clear(w, w.of.slots, slots, stream)) return error;
   if (blocks > 0) {
     if (const int error = ptx::launch(attention_backward<T, Tile, biased, diagonals>, dim3(unsigned(blocks)),
                                       dim3(Tile::threads), Tile::shared_bytes(diagonals), stream, p, w))

@@ -1,442 +1,673 @@
-// Attention backward with relative rows for sm_80 and later, deterministic as attention_sm80_backward.cu: no atomics,
-// and every sum in a fixed order. Three kernels compute S and dP again, each for what it can add up alone: one has a
-// block of keys (dK, dV), one a block of queries (dQ, the gradients of rel_query and segments), and one a block of
-// distances, of all queries and all heads that share tables (the gradients of tables and of the diagonal bias, by
-// distance). A last one adds up the distances of each row of a table.
+// Attention backward with relative rows of queries for sm_80 and later, in eight products: see
+// attention_backward_turns.h. Besides dQ, blocks of keys take turns at the gradients of rel_query and of segments, and
+// at those of relative rows and of a diagonal bias by distance. A last kernel adds up the distances of a table's row.
 //
-//   S = scale (Q K^T + skewed(rel_query R_q^T) + skewed(K R_k^T)) + bias, and with dS' = dS skewed to distances
-//   dQ = scale dS K, d rel_query = scale dS' R_q, dK = scale (dS^T Q + dS'^T R_k)
-//   dR_q = scale dS'^T rel_query, dR_k = scale dS' K, with dS' by queries and by keys
-// Sources: Dao, "FlashAttention-2" (2023), algorithm 2; Dai et al., "Transformer-XL" (2019), appendix B; He et al.,
-// "DeBERTa" (2021), eq. 4; Yang et al., "XLNet" (2019), section 2.5.
-#include "attention_relative_distances.h"
+//   S = scale (Q K^T + skewed(rel_query R^T)) + bias, and with dS' = dS skewed to distances
+//   dQ = scale dS K, d rel_query = scale dS' R, dK = scale dS^T Q, dV = P^T dO, dR = scale dS'^T rel_query
+//
+// A step's queries and a block's keys meet at as many distances as both are together: a window, which falls from step
+// to step by as many as a step has queries, a chunk. Sums of dR stay in registers as long as their chunk is in the
+// window. All blocks go from the first queries to the last ones: then the block of keys before has left a chunk by the
+// time that it is past the step whose dQ this one adds to.
+// Sources: Dao, "FlashAttention-2" (2023), algorithm 2; Dai et al., "Transformer-XL" (2019), appendix B; Shaw et al.,
+// "Self-attention with relative position representations" (2018); Yang et al., "XLNet" (2019), section 2.5.
+#include "attention_backward_turns.h"
+#include "attention_relative_backward.h"
 
 namespace pyext {
 namespace {
 
-// --- dK and dV ---
+// The bias of one distance of the window: in shared memory, a thread's own.
+struct DistanceBias {
+  float sum;
+  int entry;
 
-// What a tile of queries brings besides its rows.
-template <class Tile>
-struct RelativeQueries {
-  float strip[Tile::distances], lse[Tile::columns], delta[Tile::columns];
-  Interval seen[Tile::columns];
-  float segments[Tile::columns][2];
-  int segment_ids[Tile::columns];
+  template <class Tile, class Skewed>
+  PYEXT_DEVICE void add(const Skewed& skewed) {
+    for (int query = 0; query < Tile::queries; ++query) sum += ptx::to_float(*skewed.at(query, entry));
+  }
+  template <class Tile>
+  PYEXT_DEVICE void store(float* chunk) {
+    const int in_chunk = entry - (Tile::distances - Tile::queries);
+    if (in_chunk >= 0) chunk[in_chunk] += sum, sum = 0, entry -= Tile::distances;
+    entry += Tile::queries;
+  }
 };
 
-// The same on its way: read early, stored late, so that nobody waits for global memory.
-template <class Tile>
-struct RelativeQueriesAhead {
-  float strip, lse, delta, segments[2];
-  Interval seen;
-  int segment_id;
-  static_assert(Tile::columns <= Tile::threads && Tile::distances <= Tile::threads, "one of each per thread");
+// A block's keys, and the heads of queries that share them, which end before heads_end.
+struct OwnKeys {
+  int number, first_key, pair, batch, kv_head, sharing, heads_end;
+};
 
-  // first: of the tile's queries; start: of its strip.
-  PYEXT_DEVICE void read(const AttentionProblem& p, const RelativeWork& w, int64_t batch, int64_t head, int64_t first,
-                         int64_t start) {
-    const int64_t query = first + threadIdx.x, pair = batch * p.heads + head, at = start + threadIdx.x;
-    strip = p.diag && 0 <= at && at < w.strip_length ? w.strip_of(p, head)[at] : 0.0f;
-    const bool exists = threadIdx.x < Tile::columns && query < p.q_len;
-    lse = exists ? w.lse[pair * p.q_len + query] : 0.0f, delta = exists ? w.delta[pair * p.q_len + query] : 0.0f;
-    seen = exists ? visible(p, batch, query) : Interval{0, 0};
-    if (!p.segment) return;
-    segment_id = exists ? p.segment_q[batch * p.segment_q_batch + query] : 0;
+// Rows of a tile are its keys, 16 for each warp, and its columns a step's queries.
+// extras: segments, or a diagonal bias.
+template <int width_, int queries_, bool extras_>
+struct RelativeTurns {
+  static constexpr bool extras = extras_;
+  static constexpr bool kRegisters = width_ <= 64;  // there are enough, also for what could be read again
+  static constexpr int width = width_, warps = 8, threads = 32 * warps, M = 1, keys = 16 * warps, queries = queries_;
+  static constexpr int query_warps = 1, J = width_ / 8;
+  static constexpr int rows = keys, columns = queries, N = queries / 8, stages = 2;
+  // Of distances: those of a step, and with the chunk that the next step needs besides.
+  static constexpr int distances = keys + queries, chunks = distances / queries, ring = distances + queries;
+  static constexpr int part = 2 * (queries * width + queries);
+  static_assert(keys % queries == 0, "whole chunks");
+
+  struct Info {  // behind the tiles
+    RelativeQueries<RelativeTurns> stages[2];
+    float segments[warps][queries][2];
+    DistanceBias bias[distances];
+    int* past;
+    int64_t parts;
+    int ticket;
+    OwnKeys of;
+  };
+  static constexpr int band_pitch = queries + 8;  // see StepBand
+  static constexpr int shared_bytes = 2 * (tile_elements<width>(2 * keys + 2 * 3 * queries + ring) +
+                                           tile_elements<queries>(keys) + tile_elements<distances>(queries)) +
+                                      4 * keys * band_pitch + int(sizeof(Info));
+};
+
+// Half of the warps have a step's dQ, the others its gradient of rel_query, and each of them some features.
+template <class Tile>
+struct HalfOfWarps {
+  static constexpr int width = Tile::width, keys = Tile::keys, queries = Tile::queries, tile = queries * width;
+  static constexpr int warps = Tile::warps / 2, threads = 32 * warps;
+  static constexpr int QM = queries / 16, row_warps = 1, features = width / warps, QN = features / 8;
+  static_assert(features % 16 == 0, "all of them");
+  static PYEXT_DEVICE int thread() { return threadIdx.x % threads; }
+  static PYEXT_DEVICE bool relative() { return threadIdx.x >= threads; }
+};
+
+struct RelativeTurnsWork : BackwardWork {
+  WrittenRows rows{};
+  // By distance, (batch, heads, chains, distances, width): of relative rows, and of a bias, without features. Distances
+  // are those of whole blocks of keys and whole steps, the first one of them before that of the last query and key 0.
+  int64_t distances, before;
+  float *of_rows = nullptr, *of_bias = nullptr;
+  // The same of a table that several of these share.
+  float *rows_by_table = nullptr, *bias_by_table = nullptr;
+
+  static AttentionProblem without_slots(AttentionProblem p) {
+    p.grad_diag = nullptr;
+    return p;
+  }
+  template <class Tile>
+  RelativeTurnsWork(const AttentionProblem& p, void* base, Tile tile)
+      : BackwardWork(without_slots(p), base, tile),
+        distances(int64_t(steps) * Tile::queries + int64_t(key_blocks) * Tile::keys),
+        before(int64_t(steps) * Tile::queries - p.q_len) {
+    const int64_t slots = p.batch * p.heads * chains;
+    if (p.grad_rel_q) {
+      of.take(base, of_rows, slots * distances * Tile::width);
+      of.take(base, rows_by_table, p.rel_q_batch * p.rel_q_heads * distances * Tile::width);
+    }
+    if (p.grad_diag) of.take(base, of_bias, slots * distances), of.take(base, bias_by_table, p.diag_heads * distances);
+    char* written = nullptr;
+    of.take(base, written, RelativeRows(p).bytes);
+    rows.of_queries = written;
+  }
+};
+
+// --- A step's products of relative queries and the distances of its window ---
+
+// They stand by key and query, where dP^T needs them. A warp has 16 queries and some octets of distances, of which lane
+// (g, t) holds t and t + 4: what it stores, keys t + g and queries g, lies in banks 8 t + 9 g, and what half a warp
+// reads at once, keys g and two queries from 2 t on, in 8 g + 2 t.
+template <class T, class Tile>
+struct StepBand {
+  static constexpr int pitch = Tile::band_pitch, octets = Tile::distances / 8;
+  static constexpr int row_warps = Tile::queries / 16, groups = Tile::warps / row_warps,
+                       each = (octets + groups - 1) / groups;
+  float* products;
+
+  template <class Rows>
+  PYEXT_DEVICE void multiply(const SharedTile<T, Tile::width>& rel_queries, const Rows& band) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row = warp % row_warps * 16, first = warp / row_warps * each;
+    float sum[each][4] = {};
 #pragma unroll
-    for (int same = 0; same < 2; ++same) segments[same] = exists ? segment_score(p, pair, query, same) : 0.0f;
+    for (int k = 0; k < Tile::width; k += 32) {
+      uint32_t left[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        ptx::ldmatrix(left[half], rel_queries.at(row + lane % 16, k + 16 * half + lane / 16 * 8));
+#pragma unroll
+      for (int n = 0; n < each; ++n) {
+        uint32_t right[4];
+        ptx::ldmatrix(right, band.at(8 * min(first + n, octets - 1) + lane % 8 / 2 + lane % 2 * 4, k + lane / 8 * 8));
+        ptx::mma<T>(sum[n], left[0], {right[0], right[1]});
+        ptx::mma<T>(sum[n], left[1], {right[2], right[3]});
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < each; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int query = row + lane_row() + e / 2 * 8, distance = 8 * (first + n) + lane_column() / 2 + e % 2 * 4;
+        const int key = distance + query - (Tile::queries - 1);
+        if (unsigned(key) < unsigned(Tile::keys)) products[key * pitch + query] = sum[n][e];
+      }
+    }
   }
-  PYEXT_DEVICE void store(const AttentionProblem& p, RelativeQueries<Tile>& to) const {
-    const int i = threadIdx.x;
-    if (i < Tile::distances) to.strip[i] = strip;
-    if (i >= Tile::columns) return;
-    to.lse[i] = lse, to.delta[i] = delta, to.seen[i] = seen;
-    if (p.segment) to.segment_ids[i] = segment_id, to.segments[i][0] = segments[0], to.segments[i][1] = segments[1];
-  }
-};
-
-// At 64 features two blocks share a Hopper, at up to 115,712 bytes each.
-template <class Tile>
-constexpr int relative_key_bytes() {
-  using Skewed = SkewedRows<bf16, Tile, true>;
-  const int rows = 2 * Tile::rows + 3 * Tile::stages * Tile::columns + (Tile::of_both ? 2 : 1) * Tile::ring;
-  return 2 * tile_elements<Tile::width>(rows) + SkewedColumns<bf16, Tile, true>::bytes +
-         (Tile::of_both ? Skewed::bytes : 0) + Tile::stages * int(sizeof(RelativeQueries<Tile>));
-}
-
-// Products become weights; rows are keys.
-template <class Tile>
-PYEXT_DEVICE void to_weights(float (&s)[1][Tile::N][4], const AttentionProblem& p, const RelativeQueries<Tile>& stage,
-                             const int (&row_ids)[2], int first_key, bool all) {
-  const int row = threadIdx.x / 32 * 16 + lane_row();
-  const float scale = float(p.scale) * kLog2e;
-  const auto for_each = [&](const auto& f) {
+  PYEXT_DEVICE void add_to(float (&s_t)[1][Tile::N][4]) const {
+    const float* const at = products + (threadIdx.x / 32 * 16 + lane_row()) * pitch + lane_column();
 #pragma unroll
     for (int j = 0; j < Tile::N; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) f(s[0][j][e], row + e / 2 * 8, 8 * j + lane_column() + e % 2);
+      for (int half = 0; half < 2; ++half) {
+        const float2 two = *reinterpret_cast<const float2*>(at + 8 * half * pitch + 8 * j);
+        s_t[0][j][2 * half] += two.x, s_t[0][j][2 * half + 1] += two.y;
+      }
     }
-  };
-  for_each([&](float& x, int key, int query) { x = fmaf(x, scale, stage.strip[key - query + Tile::columns - 1]); });
-  if (p.segment)
-    for_each([&](float& x, int key, int query) {
-      const bool same = row_ids[(key - row) / 8] == stage.segment_ids[query];
-      x += stage.segments[query][same];
-    });
-  for_each([&](float& x, int, int query) { x = ptx::exp2_approx(x - stage.lse[query]); });
-  if (!all)
-    for_each([&](float& x, int key, int query) {
-      if (!stage.seen[query].holds(first_key + key)) x = 0;
-    });
-}
-
-template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::threads, 1)
-    attention_relative_keys(const __grid_constant__ AttentionProblem p, const __grid_constant__ RelativeWork w) {
-  constexpr int width = Tile::width, rows = Tile::rows, columns = Tile::columns, N = Tile::N;
-  constexpr int tile_bytes = 2 * tile_elements<width>(columns);
-  PYEXT_SHARED(char, shared);
-  Pieces pieces{shared};
-  const SharedTile<T, width> keys{pieces.take<T>(2 * tile_elements<width>(rows))};
-  const SharedTile<T, width> values{pieces.take<T>(2 * tile_elements<width>(rows))};
-  T* const stages = pieces.take<T>(3 * Tile::stages * tile_bytes);
-  const auto stage = [&](int n, int which) {
-    return SharedTile<T, width>{stages + (n % Tile::stages * 3 + which) * tile_elements<width>(columns)};
-  };
-  const auto queries = [&](int n) { return stage(n, 0); };
-  const auto rel_queries = [&](int n) { return stage(n, 1); };
-  const auto grads = [&](int n) { return stage(n, 2); };
-  const Band<T, Tile> band{{pieces.take<T>(2 * Band<T, Tile>::elements)}, p};
-  const Band<T, Tile> band_of_keys{{pieces.take<T>(Tile::of_both ? 2 * Band<T, Tile>::elements : 0)}, p};
-  const SkewedColumns<T, Tile, true> skewed{pieces.take<float>(SkewedColumns<T, Tile, true>::bytes)};
-  auto* const infos = pieces.take<RelativeQueries<Tile>>(Tile::stages * int(sizeof(RelativeQueries<Tile>)));
-
-  const int key_blocks = int(ceil_div(p.k_len, rows)), kv_heads = int(p.kv_heads);
-  const int first_key = blockIdx.x % key_blocks * rows, kv_pair = blockIdx.x / key_blocks;
-  const int kv_head = kv_pair % kv_heads, batch = kv_pair / kv_heads;
-  const int blocks = int(ceil_div(p.q_len, columns)), sharing = int(p.heads / p.kv_heads);
-  const int heads_end = (kv_head + 1) * sharing;
-
-  // The queries that see a key of this block: steps of one head, then of the next that shares the keys.
-  struct Step {
-    int head, block;
-    bool all;  // its queries see all keys
-  };
-  const auto range = [&](const Step& step) { return w.range(p, batch, int64_t(step.block) * columns); };
-  const auto settled = [&](Step step) {
-    for (; step.head < heads_end; ++step.head, step.block = 0)
-      for (; step.block < blocks; ++step.block)
-        if (const Range seen = range(step); seen.meets(first_key, first_key + rows)) {
-          step.all = seen.covers(first_key, first_key + rows);
-          return step;
-        }
-    return step;
-  };
-  // Distances fall from step to step: entries count from the last one on.
-  const auto entry = [&](const Step& step) { return (blocks - 1 - step.block) * columns; };
-  const int64_t origin = strip_start(p, int64_t(blocks) * columns - 1, first_key);
-  RelativeQueriesAhead<Tile> ahead;
-  // follows: the step before is that of the queries before, and most of the band is there.
-  const auto load = [&](const Step& step, int n, bool follows) {
-    const int64_t first = int64_t(step.block) * columns;
-    copy_rows<Tile, columns>(queries(n), p.query, batch, step.head, first, p.q_len, p.head_dim);
-    copy_rows<Tile, columns>(rel_queries(n), p.rel_query, batch, step.head, first, p.q_len, p.head_dim);
-    copy_rows<Tile, columns>(grads(n), p.grad_out, batch, step.head, first, p.q_len, p.value_dim);
-    const int at = entry(step), count = follows ? columns : Tile::distances;
-    band.load(w.rows.rows_of_queries<T>(p, batch, step.head), at, origin + at, count);
-    if (Tile::of_both) band_of_keys.load(w.rows.rows_of_keys<T>(p, batch, step.head), at, origin + at, count);
-    ptx::cp_async_commit();
-    ahead.read(p, w, batch, step.head, first, origin + at);
-  };
-
-  copy_rows<Tile, rows>(keys, p.key, batch, kv_head, first_key, p.k_len, p.head_dim);
-  copy_rows<Tile, rows>(values, p.value, batch, kv_head, first_key, p.k_len, p.value_dim);
-  ptx::cp_async_commit();
-  const SkewedRows<T, Tile, true> skewed_rows(reinterpret_cast<float*>(pieces.at));
-  const int own = threadIdx.x / 32 * 16;
-  int row_ids[2];
-  if (p.segment) load_ids(row_ids, p.segment_k + batch * p.segment_k_batch, first_key + own + lane_row(), p.k_len);
-  float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
-  const Step none{heads_end, 0, false};
-  Step step = none, loaded = none, next = settled({heads_end - sharing, 0, false});
-  for (int n = 0;; ++n) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
-    const bool idle = step.head == heads_end;
-    if (idle && next.head == heads_end) break;
-    // What comes next is copied now if its band takes the place of nothing that this step needs.
-    const bool follows = next.head == loaded.head && next.block == loaded.block + 1;
-    const Step now = step;
-    step = none;
-    if (next.head < heads_end && (idle || (Tile::stages > 1 && follows))) {
-      load(next, n + 1, follows);
-      step = loaded = next, next = settled({next.head, next.block + 1, false});
-    }
-    const bool stores_late = Tile::stages > 1 && !idle;
-    if (!stores_late && step.head < heads_end) ahead.store(p, infos[(n + 1) % Tile::stages]);
-    if (idle) continue;
-    const RelativeQueries<Tile>& info = infos[n % Tile::stages];
-
-    skewed.multiply(rel_queries(n), band, entry(now));
-    if (Tile::of_both) skewed_rows.multiply(keys, band_of_keys, entry(now));
-    float p_t[1][N][4] = {};  // transposed: rows are keys
-    multiply_transposed(p_t, keys, own, queries(n));
-    if (Tile::of_both) skewed_rows.add_to(p_t);
-    __syncthreads();  // all warps' products are there
-    skewed.add_to(p_t);
-    to_weights<Tile>(p_t, p, info, row_ids, first_key, now.all);
-    uint32_t left[1][N / 2][4];
-    as_left<T>(left, p_t);
-    multiply(grad_value, left, grads(n));
-    float ds_t[1][N][4] = {};
-    multiply_transposed(ds_t, values, own, grads(n));
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        ds_t[0][j][e] = p_t[0][j][e] * (ds_t[0][j][e] - info.delta[8 * j + lane_column() + e % 2]);
-    }
-    as_left<T>(left, ds_t);
-    multiply(grad_key, left, queries(n));
-    if (Tile::of_both) skewed_rows.add_gradient(grad_key, ds_t, band_of_keys, entry(now));
-    if (stores_late && step.head < heads_end) ahead.store(p, infos[(n + 1) % Tile::stages]);
   }
-  ptx::cp_async_wait<0>();
+};
 
-  const float scaled[1][2] = {{float(p.scale), float(p.scale)}}, plain[1][2] = {{1, 1}};
-  store_rows(rows_of<T>(p.grad_key, batch, kv_head), p.grad_key.row, first_key + own, p.k_len, p.head_dim, grad_key,
-             scaled);
-  store_rows(rows_of<T>(p.grad_value, batch, kv_head), p.grad_value.row, first_key + own, p.k_len, p.value_dim,
-             grad_value, plain);
-}
+// --- dS by distance ---
 
-// --- dQ, and the gradients of rel_query and segments ---
-
-template <class Tile>
-constexpr int relative_query_bytes() {
-  const int rows = 3 * Tile::rows + 2 * Tile::stages * Tile::columns + (Tile::of_both ? 2 : 1) * Tile::ring;
-  return 2 * tile_elements<Tile::width>(rows) + SkewedRows<bf16, Tile, false>::bytes +
-         (Tile::of_both ? SkewedColumns<bf16, Tile, false>::bytes : 0) + Tile::stages * 4 * Tile::distances +
-         int(sizeof(RelativeSeen<Tile>));
-}
-
+// Row q of the tile has that of key k at column k - q + queries - 1, and zeros before the first and behind the last
+// one.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::threads, 1)
-    attention_relative_queries(const __grid_constant__ AttentionProblem p, const __grid_constant__ RelativeWork w) {
-  constexpr int width = Tile::width, rows = Tile::rows, columns = Tile::columns, N = Tile::N;
-  PYEXT_SHARED(char, shared);
-  Pieces pieces{shared};
-  const auto tile_of_rows = [&] { return SharedTile<T, width>{pieces.take<T>(2 * tile_elements<width>(rows))}; };
-  const SharedTile<T, width> queries = tile_of_rows(), rel_queries = tile_of_rows(), grads = tile_of_rows();
-  T* const stages = pieces.take<T>(2 * Tile::stages * 2 * tile_elements<width>(columns));
-  const auto stage = [&](int n) {
-    return SharedTile<T, width>{stages + n % Tile::stages * 2 * tile_elements<width>(columns)};
-  };
-  const auto keys = [&](int n) { return stage(n); };
-  const auto values = [&](int n) { return SharedTile<T, width>{stage(n).at(columns, 0)}; };
-  const Band<T, Tile> band{{pieces.take<T>(2 * Band<T, Tile>::elements)}, p};
-  const Band<T, Tile> band_of_keys{{pieces.take<T>(Tile::of_both ? 2 * Band<T, Tile>::elements : 0)}, p};
-  using Columns = SkewedColumns<T, Tile, false>;
-  const SkewedRows<T, Tile, false> skewed(pieces.take<float>(SkewedRows<T, Tile, false>::bytes));
-  const Columns skewed_columns{pieces.take<float>(Tile::of_both ? Columns::bytes : 0)};
-  float* const strips = pieces.take<float>(Tile::stages * 4 * Tile::distances);
-  auto& seen = *pieces.take<RelativeSeen<Tile>>(sizeof(RelativeSeen<Tile>));
+using Skewed = SharedTile<T, Tile::distances>;
 
-  // The last queries first: under a causal mask they have most to do.
-  const int blocks = int(ceil_div(p.q_len, rows)), heads = int(p.heads), pair = blockIdx.x / blocks;
-  const int head = pair % heads, batch = pair / heads, kv_head = head / (heads / int(p.kv_heads));
-  const int first = (blocks - 1 - blockIdx.x % blocks) * rows;
-  const Range range = find_visible(p, batch, first, seen);
-  const int begin = range.begin / columns, end = range.end ? (range.end - 1) / columns + 1 : begin;
-  const int64_t origin = strip_start(p, int64_t(first) + rows - 1, 0);
-  const auto load = [&](int tile) {
-    const int64_t at = int64_t(tile) * columns;
-    copy_rows<Tile, columns>(keys(tile), p.key, batch, kv_head, at, p.k_len, p.head_dim);
-    copy_rows<Tile, columns>(values(tile), p.value, batch, kv_head, at, p.k_len, p.value_dim);
-    const int before = tile == begin ? 0 : rows, entry = tile * columns + before, count = Tile::distances - before;
-    band.load(w.rows.rows_of_queries<T>(p, batch, head), entry, origin + entry, count);
-    if (Tile::of_both) band_of_keys.load(w.rows.rows_of_keys<T>(p, batch, head), entry, origin + entry, count);
-    ptx::cp_async_commit();
-    w.load_strip<Tile>(strips + tile % Tile::stages * Tile::distances, p, head, origin + at);
-  };
-  copy_rows<Tile, rows>(queries, p.query, batch, head, first, p.q_len, p.head_dim);
-  copy_rows<Tile, rows>(rel_queries, p.rel_query, batch, head, first, p.q_len, p.head_dim);
-  copy_rows<Tile, rows>(grads, p.grad_out, batch, head, first, p.q_len, p.value_dim);
-  ptx::cp_async_commit();
+// Once: nobody writes there.
+template <class T, class Tile>
+PYEXT_DEVICE void clear_corners(const Skewed<T, Tile>& skewed) {
+  for (int i = threadIdx.x; i < Tile::queries * Tile::queries; i += Tile::threads) {
+    const int query = i / Tile::queries, at = i % Tile::queries, before = Tile::queries - 1 - query;
+    *skewed.at(query, at < before ? at : at + Tile::keys) = ptx::from_float<T>(0);
+  }
+}
 
-  const int own = threadIdx.x / 32 * 16;
-  const int64_t row = int64_t(first) + own + lane_row();
-  float lse[2], delta[2], of_other[2] = {}, of_same[2] = {};
-  load_rows(lse, w.lse, pair, row, p.q_len), load_rows(delta, w.delta, pair, row, p.q_len);
-  float grad_query[1][width / 8][4] = {}, grad_rel_query[1][width / 8][4] = {};
-  SegmentRows segments;
-  if (p.segment) segments.read(p, pair, row);
-  for (int tile = begin + 1 - Tile::stages; tile < end; ++tile) {
-    if (Tile::stages > 1) ptx::cp_async_wait<0>();
-    __syncthreads();  // with two stages this step's tiles are there, for all; and all are done with the last one's
-    if (tile + Tile::stages - 1 < end) load(tile + Tile::stages - 1);
-    if (tile < begin) continue;
-    if (Tile::stages == 1) {
-      ptx::cp_async_wait<0>();
-      __syncthreads();  // this step's tiles are there, for all
-    }
-    const int entry = tile * columns, first_key = tile * columns;
-
-    skewed.multiply(rel_queries, band, entry);
-    if (Tile::of_both) skewed_columns.multiply(keys(tile), band_of_keys, entry);
-    float s[1][N][4] = {}, ds[1][N][4] = {};
-    multiply_transposed(s, queries, own, keys(tile));
-    skewed.add_to(s);
-    if (Tile::of_both) {
-      __syncthreads();  // all warps' products are there
-      skewed_columns.add_to(s);
-    }
-    finish_scores<Tile, true>(s, float(p.scale) * kLog2e, strips + tile % Tile::stages * Tile::distances, seen.of,
-                              first_key, range.covers(first_key, first_key + columns));
-    const uint32_t same = p.segment ? segments.add_to(s[0], p, batch, first_key) : 0;
-    multiply_transposed(ds, grads, own, values(tile));
-    to_score_gradients(ds, s, lse, delta);
-    if (p.grad_segment) {
+// left: dS^T of the warp's 16 keys.
+template <class T, class Tile>
+PYEXT_DEVICE void skew(const Skewed<T, Tile>& skewed, const uint32_t (&left)[1][Tile::N / 2][4]) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < Tile::N / 2; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const bool equal = same >> (4 * j + e) & 1;
-          of_same[e / 2] += equal ? ds[0][j][e] : 0, of_other[e / 2] += equal ? 0 : ds[0][j][e];
+    for (int e = 0; e < 4; ++e) {
+      const int key = threadIdx.x / 32 * 16 + lane_row() + e % 2 * 8, query = 16 * j + lane_column() + e / 2 * 8;
+      auto* const at = reinterpret_cast<uint16_t*>(skewed.at(query, key - query + Tile::queries - 1));
+      at[0] = uint16_t(left[0][j][e]);
+      at[Tile::distances + 8 - 1] = uint16_t(left[0][j][e] >> 16);  // of the next query
+    }
+  }
+}
+
+// sum += left rows for K rows: left(fragment, i, k) and rows(k) are 16 of them, from k on.
+template <int K, int M, int N, class Left, class Rows>
+PYEXT_DEVICE void add_product(float (&sum)[M][N][4], const Left& left, const Rows& rows) {
+#pragma unroll
+  for (int k = 0; k < K; k += 16) {
+    uint32_t fragments[M][1][4];
+#pragma unroll
+    for (int i = 0; i < M; ++i) left(fragments[i][0], 16 * i, k);
+    multiply(sum, fragments, rows(k));
+  }
+}
+
+// --- Sums by distance ---
+
+// Groups of warps have every second chunk of the window, or all, and a warp 16 features or more of them. `first` is the
+// group's first chunk: one that the window leaves is the last slot of the group whose first chunk is 0.
+template <class T, class Tile>
+struct DistanceSums {
+  static constexpr int groups = max_of(1, 16 * Tile::warps / Tile::width), of_group = Tile::warps / groups;
+  static constexpr int features = Tile::width / of_group, F = features / 8, blocks = Tile::queries / 16;
+  static constexpr int slots = (Tile::chunks + groups - 1) / groups;
+  static_assert(groups == 1 || Tile::chunks % groups == 1, "the last chunk is of the group that has the first one");
+  float of[slots][blocks][F][4], before[blocks][F][4];
+  int first = 0;
+
+  PYEXT_DEVICE DistanceSums() {
+#pragma unroll
+    for (int slot = 0; slot < slots; ++slot) clear(slot);
+  }
+  PYEXT_DEVICE void clear(int slot) {
+#pragma unroll
+    for (int i = 0; i < blocks; ++i) {
+#pragma unroll
+      for (int f = 0; f < F; ++f) of[slot][i][f][0] = of[slot][i][f][1] = of[slot][i][f][2] = of[slot][i][f][3] = 0;
+    }
+  }
+  static PYEXT_DEVICE int feature() { return threadIdx.x / 32 % of_group * features; }
+  // The window begins with this chunk of all.
+  PYEXT_DEVICE void begin(int chunk) { first = (threadIdx.x / 32 / of_group + chunk) % groups; }
+
+  PYEXT_DEVICE void add(const Skewed<T, Tile>& skewed, const SharedTile<T, Tile::width>& rel_queries) {
+    const int lane = threadIdx.x % 32;
+    uint32_t right[blocks][F / 2][4];
+#pragma unroll
+    for (int k = 0; k < blocks; ++k) {
+#pragma unroll
+      for (int f = 0; f < F / 2; ++f)
+        ptx::ldmatrix_transposed(right[k][f], rel_queries.at(16 * k + lane % 16, feature() + 16 * f + lane / 16 * 8));
+    }
+#pragma unroll
+    for (int slot = 0; slot < slots; ++slot) {
+      if (groups > 1 && slot == slots - 1 && first > 0) break;  // past the window
+#pragma unroll
+      for (int i = 0; i < blocks; ++i) {
+#pragma unroll
+        for (int k = 0; k < blocks; ++k) {
+          uint32_t left[4];
+          ptx::ldmatrix_transposed(left,
+                                   skewed.at(16 * k + lane / 16 * 8 + lane % 8,
+                                             Tile::queries * (first + groups * slot) + 16 * i + lane / 8 % 2 * 8));
+#pragma unroll
+          for (int f = 0; f < F; ++f)
+            ptx::mma<T>(of[slot][i][f], left, {right[k][f / 2][f % 2 * 2], right[k][f / 2][f % 2 * 2 + 1]});
         }
       }
     }
-    uint32_t left[1][N / 2][4];
-    as_left<T>(left, ds);
-    multiply(grad_query, left, keys(tile));
-    skewed.add_gradient(grad_rel_query, ds, band, entry);
   }
-  ptx::cp_async_wait<0>();
 
-  const float scaled[1][2] = {{float(p.scale), float(p.scale)}};
-  store_rows(rows_of<T>(p.grad_query, batch, head), p.grad_query.row, first + own, p.q_len, p.head_dim, grad_query,
-             scaled);
-  store_rows(rows_of<T>(p.grad_rel_query, batch, head), p.grad_rel_query.row, first + own, p.q_len, p.head_dim,
-             grad_rel_query, scaled);
-  if (!p.grad_segment) return;
+  // f(this lane's pairs of features of the chunk that the window leaves, where they are in its sums).
+  template <class F2>
+  PYEXT_DEVICE void for_each(const F2& f) const {
+    if (groups > 1 && first > 0) return;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float both[2] = {of_other[half], of_same[half]};
+    for (int i = 0; i < blocks; ++i) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      both[k] += __shfl_xor_sync(~0u, both[k], 1), both[k] += __shfl_xor_sync(~0u, both[k], 2);
-      if (threadIdx.x % 4 == 0 && row + 8 * half < p.q_len)
-        static_cast<float*>(p.grad_segment)[2 * (pair * p.q_len + row + 8 * half) + k] = both[k];
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < F; ++n)
+          f(i, n, 2 * half, (16 * i + 8 * half + lane_row()) * Tile::width + feature() + 8 * n + lane_column());
+      }
     }
   }
+  PYEXT_DEVICE void read(const float* chunk) {
+    for_each([&](int i, int n, int e, int at) {
+      const float2 two = *reinterpret_cast<const float2*>(chunk + at);
+      before[i][n][e] = two.x, before[i][n][e + 1] = two.y;
+    });
+  }
+  PYEXT_DEVICE void store(float* chunk) const {
+    for_each([&](int i, int n, int e, int at) {
+      const float (&sum)[4] = of[slots - 1][i][n];
+      *reinterpret_cast<float2*>(chunk + at) = {before[i][n][e] + sum[e], before[i][n][e + 1] + sum[e + 1]};
+    });
+  }
+  // The window falls by a chunk, of which there is nothing yet.
+  PYEXT_DEVICE void fall() {
+    if (++first < groups) return clear(slots - 1);
+#pragma unroll
+    for (int slot = slots - 1; slot > 0; --slot) {
+#pragma unroll
+      for (int i = 0; i < blocks; ++i) {
+#pragma unroll
+        for (int f = 0; f < F; ++f) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) of[slot][i][f][e] = of[slot - 1][i][f][e];
+        }
+      }
+    }
+    clear(0), first = 0;
+  }
+};
+
+// --- Keys by queries ---
+
+// The warp's 16 rows of a tile that stays: in registers, if there are enough.
+template <class T, class Tile>
+struct OwnRows {
+  static constexpr bool in_registers = Tile::kRegisters;
+  uint32_t left[1][in_registers ? Tile::width / 16 : 1][4];
+
+  PYEXT_DEVICE void read(const SharedTile<T, Tile::width>& tile) {
+    if constexpr (in_registers) {
+#pragma unroll
+      for (int k = 0; k < Tile::width / 16; ++k)
+        ptx::ldmatrix(left[0][k],
+                      tile.at(threadIdx.x / 32 * 16 + threadIdx.x % 16, 16 * k + threadIdx.x % 32 / 16 * 8));
+    }
+  }
+  PYEXT_DEVICE void multiply(float (&sum)[1][Tile::N][4], const SharedTile<T, Tile::width>& tile,
+                             const SharedTile<T, Tile::width>& rows) const {
+    if constexpr (in_registers)
+      multiply_transposed(sum, left, rows);
+    else
+      multiply_transposed<1, Tile::N, 1>(sum, tile, threadIdx.x / 32 * 16, rows);
+  }
+};
+
+template <class T, class Tile>
+struct RelativeKeys {
+  static constexpr int width = Tile::width, kKeys = Tile::keys, kQueries = Tile::queries, N = Tile::N;
+  static constexpr bool kRegisters = Tile::kRegisters;
+  using Rows = SharedTile<T, width>;
+  using Half = HalfOfWarps<Tile>;
+
+  const AttentionProblem& p;
+  const RelativeTurnsWork& w;
+  Pieces pieces;
+  const Rows keys = tile(kKeys), values = tile(kKeys), stages = tile(2 * 3 * kQueries);
+  const Band<T, Tile> band{tile(Tile::ring), p};
+  const SharedTile<T, kQueries> ds_t{pieces.take<T>(2 * tile_elements<kQueries>(kKeys))};
+  const Skewed<T, Tile> skewed{pieces.take<T>(2 * tile_elements<Tile::distances>(kQueries))};
+  const StepBand<T, Tile> products{pieces.take<float>(4 * kKeys * Tile::band_pitch)};
+  typename Tile::Info& info = *pieces.take<typename Tile::Info>(sizeof(typename Tile::Info));
+  const std::conditional_t<kRegisters, const OwnKeys, const OwnKeys&> of{taken()};
+  OwnRows<T, Tile> of_keys;
+  float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
+  DistanceSums<T, Tile> by_distance;
+
+  PYEXT_DEVICE RelativeKeys(const AttentionProblem& p, const RelativeTurnsWork& w, char* shared)
+      : p(p), w(w), pieces{shared} {}
+  PYEXT_DEVICE const OwnKeys& taken() {
+    const auto [number, pair] = KeyBlock::take(p, w, info.ticket);
+    const int kv_head = pair % int(p.kv_heads), sharing = int(p.heads / p.kv_heads);
+    if (threadIdx.x == 0)
+      info.of = {number, number * kKeys, pair, pair / int(p.kv_heads), kv_head, sharing, (kv_head + 1) * sharing};
+    __syncthreads();
+    return info.of;
+  }
+  PYEXT_DEVICE Rows tile(int rows) { return {pieces.take<T>(2 * tile_elements<width>(rows))}; }
+  PYEXT_DEVICE Rows stage(int n, int which) const { return {stages.at((n % 2 * 3 + which) * kQueries, 0)}; }
+  PYEXT_DEVICE Rows queries(int n) const { return stage(n, 0); }
+  PYEXT_DEVICE Rows rel_queries(int n) const { return stage(n, 1); }
+  PYEXT_DEVICE Rows grads(int n) const { return stage(n, 2); }
+  static PYEXT_DEVICE int own() { return threadIdx.x / 32 * 16; }
+
+  // --- Steps ---
+
+  static PYEXT_DEVICE bool follows(const Step& step, const Step& next) {
+    return next.head == step.head && next.block == step.block + 1;
+  }
+  PYEXT_DEVICE int index(const Step& step) const {
+    return (step.head - of.heads_end + of.sharing) * w.steps + step.block;
+  }
+  // Entries of the ring rise where distances fall. `distance` is that of an entry.
+  PYEXT_DEVICE int entry(const Step& step) const { return (w.steps - 1 - step.block) * kQueries; }
+  PYEXT_DEVICE int64_t distance(int entry) const {
+    return strip_start(p, int64_t(w.steps) * kQueries - 1, of.first_key) + entry;
+  }
+  // The step, or the next one whose queries see a key of this block.
+  PYEXT_DEVICE Step settled(Step step) const {
+    for (; step.head < of.heads_end; ++step.head, step.block = 0)
+      for (; step.block < w.steps; ++step.block) {
+        const int4 r = reinterpret_cast<const int4*>(w.ranges(of.batch))[step.block];
+        const Range seen{r.x, r.y, r.z, r.w};
+        if (!seen.meets(of.first_key, of.first_key + kKeys)) continue;
+        step.all = seen.covers(of.first_key, of.first_key + kKeys);
+        step.first = of.number - w.chains < seen.begin / kKeys;
+        return step;
+      }
+    return step;
+  }
+  // follows: the step is that of the queries behind, and most of its distances are there.
+  PYEXT_DEVICE void load(const Step& step, int n, bool follows) {
+    const int64_t first = int64_t(step.block) * kQueries;
+    copy_rows<Tile, kQueries>(queries(n), p.query, of.batch, step.head, first, p.q_len, p.head_dim);
+    copy_rows<Tile, kQueries>(rel_queries(n), p.rel_query, of.batch, step.head, first, p.q_len, p.head_dim);
+    copy_rows<Tile, kQueries>(grads(n), p.grad_out, of.batch, step.head, first, p.q_len, p.value_dim);
+    const int at = entry(step);
+    band.load(w.rows.rows_of_queries<T>(p, of.batch, step.head), at, distance(at),
+              follows ? kQueries : Tile::distances);
+    ptx::cp_async_commit();
+  }
+  PYEXT_DEVICE void read(RelativeQueriesAhead<Tile>& ahead, const Step& step) const {
+    ahead.read(p, w.of, of.batch, step.head, int64_t(step.block) * kQueries, distance(entry(step)));
+  }
+  PYEXT_DEVICE void start() {
+    copy_rows<Tile, kKeys>(keys, p.key, of.batch, of.kv_head, of.first_key, p.k_len, p.head_dim);
+    copy_rows<Tile, kKeys>(values, p.value, of.batch, of.kv_head, of.first_key, p.k_len, p.value_dim);
+    ptx::cp_async_commit();
+    clear_corners<T, Tile>(skewed);
+    if (threadIdx.x < Tile::distances) info.bias[threadIdx.x] = {0, int(threadIdx.x)};
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // keys and values are there, for all
+    of_keys.read(keys);
+    if (threadIdx.x) return;
+    info.past = w.past + int64_t(of.pair) * w.key_blocks + of.number;
+    info.parts = w.part(of.number % w.chains, p.batch * p.heads, of.batch * p.heads, 0, Tile::part) - w.parts;
+  }
+
+  // --- Turns ---
+
+  PYEXT_DEVICE bool has_before() const { return of.number >= w.chains; }
+  PYEXT_DEVICE const int* before() const { return info.past - w.chains; }
+  // More steps than so many must lie behind the block before. It leaves a chunk `lead` steps earlier than this one, and
+  // the chunks behind that no later than this step. Of steps that this block tells to be past, the blocks before are
+  // past all but `lead` for each: so whoever waits for one waits for all.
+  PYEXT_DEVICE int needed(const Step& step, const Step& next) const {
+    const int lead = w.chains * (kKeys / kQueries);
+    return follows(step, next) ? index(step) - (step.first ? lead : 0) : max(index(step), index(next) - lead - 1);
+  }
+
+  // --- Products ---
+
+  // P^T, and dP^T, which becomes dS^T.
+  PYEXT_DEVICE void make_gradients(uint32_t (&left)[1][N / 2][4], const Step& step, int n) {
+    const auto& stage = info.stages[n % 2];
+    int row_ids[2];
+    if (Tile::extras && p.segment)
+      load_ids(row_ids, p.segment_k + of.batch * p.segment_k_batch, of.first_key + own() + lane_row(), p.k_len);
+    products.multiply(rel_queries(n), band.from(entry(step)));
+    float p_t[1][N][4] = {}, grads_t[1][N][4] = {};
+    of_keys.multiply(p_t, keys, queries(n));
+    __syncthreads();  // all warps' products are there
+    products.add_to(p_t);
+    to_weights<Tile>(p_t, p, stage, row_ids, of.first_key, step.all);
+    as_left<T>(left, p_t);
+    multiply(grad_value, left, grads(n));
+    multiply_transposed<1, N, kRegisters ? 2 : 1>(grads_t, values, own(), grads(n));
+    to_score_gradients(grads_t, p_t, stage);
+    as_left<T>(left, grads_t);
+    KeyRows<T, Tile>{ds_t}.store(left);
+    skew<T, Tile>(skewed, left);
+    if (Tile::extras && p.grad_segment) sum_segments(grads_t, row_ids, stage);
+  }
+  // Of the warp's keys, by query: [0] those of another segment, [1] of the same one.
+  PYEXT_DEVICE void sum_segments(const float (&grads_t)[1][N][4], const int (&row_ids)[2],
+                                 const RelativeQueries<Tile>& stage) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int query = 8 * j + lane_column() + e;
+        float both[2] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool same = row_ids[half] == stage.segment_ids[query];
+          const float x = grads_t[0][j][2 * half + e];
+          both[0] += same ? 0 : x, both[1] += same ? x : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+#pragma unroll
+          for (int lanes = 4; lanes < 32; lanes *= 2) both[k] += __shfl_xor_sync(~0u, both[k], lanes);
+          if (lane_row() == 0) info.segments[threadIdx.x / 32][query][k] = both[k];
+        }
+      }
+    }
+  }
+
+  // --- Sums that blocks take turns at ---
+
+  // This block's parts of a step, and of the chunks that its window leaves before the next one.
+  PYEXT_DEVICE void add_to_sums(const uint32_t (&left)[1][N / 2][4], const Step& step, int n, const Step& next) {
+    int leaves = next.head != step.head ? Tile::chunks : min(next.block - step.block, Tile::chunks);
+    const int lane = threadIdx.x % 32;
+    float* const part = w.parts + info.parts + (int64_t(step.head) * w.steps + step.block) * Tile::part;
+    // The chunk that the window leaves next.
+    int64_t chunk = ((of.batch * p.heads + step.head) * w.chains + of.number % w.chains) * w.distances + of.first_key +
+                    entry(step) + Tile::distances - kQueries;
+    by_distance.begin(w.steps - 1 - step.block);
+    QuerySum<Half> sum;
+    float* const own_part = part + (Half::relative() ? Half::tile : 0);
+    step.first ? sum.clear() : sum.load(own_part);
+    if (kRegisters && w.of_rows) by_distance.read(w.of_rows + chunk * width);
+    multiply(grad_key, left, queries(n));
+    if (Half::relative())
+      add_product<Tile::distances>(
+          sum.of,
+          [&](uint32_t (&a)[4], int i, int k) { ptx::ldmatrix(a, skewed.at(i + lane % 16, k + lane / 16 * 8)); },
+          [&](int k) { return Rows{band.from(entry(step) + k).at(0, sum.column())}; });
+    else
+      add_product<kKeys>(
+          sum.of,
+          [&](uint32_t (&a)[4], int i, int k) {
+            ptx::ldmatrix_transposed(a, ds_t.at(k + lane / 16 * 8 + lane % 8, i + lane / 8 % 2 * 8));
+          },
+          [&](int k) { return Rows{keys.at(k, sum.column())}; });
+    sum.store(own_part);
+    if (Tile::extras && p.grad_segment && threadIdx.x < 2 * kQueries) {
+      float& of_segment = part[2 * Half::tile + threadIdx.x];
+      float own = step.first ? 0.0f : of_segment;
+#pragma unroll
+      for (int warp = 0; warp < Tile::warps; ++warp) own += info.segments[warp][threadIdx.x / 2][threadIdx.x % 2];
+      of_segment = own;
+    }
+    const bool biased = Tile::extras && w.of_bias && threadIdx.x < Tile::distances;
+    if (biased) info.bias[threadIdx.x].template add<Tile>(skewed);
+    by_distance.add(skewed, rel_queries(n));
+    if (!kRegisters && w.of_rows) by_distance.read(w.of_rows + chunk * width);
+    for (;;) {
+      if (w.of_rows) by_distance.store(w.of_rows + chunk * width);
+      if (biased) info.bias[threadIdx.x].template store<Tile>(w.of_bias + chunk);
+      by_distance.fall();
+      if (--leaves == 0) break;
+      chunk -= kQueries;
+      if (w.of_rows) by_distance.read(w.of_rows + chunk * width);
+    }
+  }
+  PYEXT_DEVICE void store() const {
+    const float scaled[1][2] = {{float(p.scale), float(p.scale)}}, plain[1][2] = {{1, 1}};
+    const int64_t first = of.first_key + own();
+    store_rows(rows_of<T>(p.grad_key, of.batch, of.kv_head), p.grad_key.row, first, p.k_len, p.head_dim, grad_key,
+               scaled);
+    store_rows(rows_of<T>(p.grad_value, of.batch, of.kv_head), p.grad_value.row, first, p.k_len, p.value_dim,
+               grad_value, plain);
+  }
+};
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::threads, 1)
+    attention_relative_turns(const __grid_constant__ AttentionProblem p, const __grid_constant__ RelativeTurnsWork w) {
+  PYEXT_SHARED(char, shared);
+  RelativeKeys<T, Tile> block(p, w, shared);
+  block.start();
+  const bool tells = threadIdx.x == Tile::threads - 32;
+  const Step none{block.of.heads_end, 0};
+  Step next = block.settled({w.steps ? none.head - block.of.sharing : none.head, 0}), step = none;
+  for (int n = 0;; ++n) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this step's tiles are there, for all, and all are done with the last one's
+    const Step now = step;
+    const bool idle = now.head == none.head, follows = block.follows(now, next);
+    if (idle && next.head == none.head) break;
+    if (tells && n > 0) ptx::store_release(block.info.past, block.index(idle ? next : now));
+    // What comes next is copied now if its distances take the place of nothing that this step needs.
+    const bool loads = idle || follows;
+    if (loads) block.load(next, n + 1, follows);
+    uint32_t left[1][Tile::N / 2][4];
+    if (!idle) block.make_gradients(left, now, n);
+    RelativeQueriesAhead<Tile> ahead;
+    if (loads) block.read(ahead, next);
+    if (!idle && threadIdx.x == 0 && block.has_before()) ptx::wait_above(block.before(), block.needed(now, next));
+    __syncthreads();  // all warps' dS is there, and the sums are this block's to add to
+    if (loads) ahead.store(p, int64_t(next.block) * Tile::queries, block.info.stages[(n + 1) % 2]);
+    if (!idle) block.add_to_sums(left, now, n, next);
+    step = loads ? next : none;
+    if (loads) next = block.settled({next.head, next.block + 1});
+  }
+  if (tells) {
+    if (block.has_before()) ptx::wait_above(block.before(), INT32_MAX - 1);
+    ptx::store_release(block.info.past, INT32_MAX);
+  }
+  block.store();
+}
+
+// --- Gradients of queries of the sums ---
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(Tile::threads)
+    attention_relative_finish(const __grid_constant__ AttentionProblem p, const __grid_constant__ RelativeTurnsWork w) {
+  const int64_t step = blockIdx.x % w.steps, of_batch = blockIdx.x / w.steps;
+  const int64_t head = of_batch % p.heads, batch = of_batch / p.heads, first = step * Tile::queries;
+  const auto part = [&](int64_t chain) { return w.part(chain, p.batch * p.heads, of_batch, step, Tile::part); };
+  using Half = HalfOfWarps<Tile>;
+  const QuerySum<Half> sum = sum_chains<Half>(w, w.ranges(batch)[step],
+                                              [&](int64_t n) { return part(n) + (Half::relative() ? Half::tile : 0); });
+  const Output& to = Half::relative() ? p.grad_rel_query : p.grad_query;
+  store_rows(rows_of<T>(to, batch, head) + sum.column(), to.row, first, p.q_len, p.head_dim - sum.column(), sum.of,
+             RowFactors<Half::QM>(float(p.scale)).of);
+  const int64_t query = first + threadIdx.x / 2;
+  if (!Tile::extras || !p.grad_segment || threadIdx.x >= 2 * Tile::queries || query >= p.q_len) return;
+  float both = 0;
+  for_chains<Tile>(w, w.ranges(batch)[step], [&](int64_t n) { both += part(n)[2 * Half::tile + threadIdx.x]; });
+  static_cast<float*>(p.grad_segment)[2 * (of_batch * p.q_len + query) + threadIdx.x % 2] = both;
 }
 
 // --- Launchers ---
 
-// Blocks that go over distances at the same time: enough to fill any GPU.
-constexpr int64_t kDistanceBlocks = 512;
-
-struct RelativeWorkspace {
-  RelativeWork work{};
-  AttentionWorkspace base;
-  int64_t length, slots = 0, bytes = 0;
-
-  static AttentionWorkspace base_of(AttentionProblem p, void* memory) {
-    p.grad_diag = nullptr;  // whose slots are not needed
-    return AttentionWorkspace(p, memory, true, ceil_div(p.q_len, kStepRows));
-  }
-
-  RelativeWorkspace(const AttentionProblem& p, void* memory)
-      : base(base_of(p, memory)), length(max_of(p.q_len + p.k_len - 1, 0)), bytes(base.bytes) {
-    work.strips = base.strips, work.strip_length = base.strip_length;
-    work.delta = base.delta, work.lse = base.lse, work.ranges = reinterpret_cast<const Range*>(base.ranges);
-    work.group_batch = max_of(p.rel_q_batch, p.rel_k_batch);
-    work.group_heads = max_of(max_of(p.rel_q_heads, p.rel_k_heads), p.diag_heads);
-    const int64_t groups = work.group_batch * work.group_heads;
-    if (groups == 0) return;
-    const int64_t sharing = max_of(1, p.batch / work.group_batch * (p.heads / work.group_heads));
-    const int64_t blocks = max_of(1, groups * ceil_div(length, kRelativeRows));
-    work.parts = max_of(1, min_of(sharing, kDistanceBlocks / blocks));
-    slots = groups * work.parts;
-    const auto take = [&](float*& piece, bool wanted, int64_t features) {
-      if (!wanted) return;
-      piece = reinterpret_cast<float*>(static_cast<char*>(memory) + bytes);
-      bytes += ceil_div(slots * length * features * int64_t(sizeof(float)), 256) * 256;
-    };
-    take(work.of_queries, p.grad_rel_q, p.head_dim), take(work.of_keys, p.grad_rel_k, p.head_dim);
-    take(work.of_bias, p.grad_diag, 1);
-    const RelativeRows rows(p);
-    work.rows = {static_cast<char*>(memory) + bytes, static_cast<char*>(memory) + bytes + rows.bytes};
-    bytes += rows.bytes + rows.bytes_of_keys;
-  }
-};
-
-template <class Kernel>
-int launch_blocks(Kernel kernel, int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-                  const AttentionProblem& p, const RelativeWork& w) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  return ptx::launch(kernel, dim3(unsigned(blocks)), dim3(threads), shared_bytes, stream, p, w);
+// f(the tiles for the problem's features).
+template <class F>
+int with_tile(const AttentionProblem& p, F f) {
+  const int64_t width = max_of(p.head_dim, p.value_dim);
+  const bool extras = p.segment || p.diag;
+  if (width <= 64) return extras ? f(RelativeTurns<64, 32, true>()) : f(RelativeTurns<64, 32, false>());
+  if (width <= 128) return extras ? f(RelativeTurns<128, 16, true>()) : f(RelativeTurns<128, 16, false>());
+  return cudaErrorInvalidValue;
 }
 
-int sum_table(const RelativeWorkspace& w, const float* by_distance, const int32_t* index, int64_t batches,
-              int64_t heads, int64_t rows, int64_t features, double factor, void* gradient, cudaStream_t stream) {
-  const RelativeGroups groups{w.work.group_batch, w.work.group_heads, w.work.parts};
-  return sum_by_rows(by_distance, groups, index, w.length, batches, heads, rows, features, factor, gradient, stream);
+// Sums by distance, of which each has `pitch` numbers -> those of a table with `batches` and `heads` of its own -> its
+// gradient.
+int sum_by_table(const AttentionProblem& p, const RelativeTurnsWork& w, const float* by_distance, float* by_table,
+                 int pitch, const TableGradient& of, cudaStream_t stream) {
+  if (!of.gradient) return cudaSuccess;
+  if (const int error = sum_slots(by_distance, p.batch, p.heads, w.chains, w.distances * pitch, of.batches, of.heads,
+                                  by_table, stream))
+    return error;
+  return sum_table(p, {by_table + w.before * pitch, of.batches, of.heads, 1, w.distances, pitch}, of, stream);
 }
 
 template <class T, class Tile>
-int launch_relative(const AttentionProblem& p, const RelativeWorkspace& w, cudaStream_t stream) {
-  if (const int error = prepare<T>(p, w.base, stream)) return error;
-  if (const int error = write_rows<T, RowOrder::natural, RowOrder::natural>(p, w.work.rows, stream)) return error;
-  const auto launch = [&](auto kernel, int64_t blocks, int shared_bytes) {
-    return launch_blocks(kernel, blocks, Tile::threads, shared_bytes, stream, p, w.work);
-  };
-  if (const int error = launch(attention_relative_keys<T, Tile>, ceil_div(p.k_len, Tile::rows) * p.kv_heads * p.batch,
-                               relative_key_bytes<Tile>()))
-    return error;
-  if (const int error = launch(attention_relative_queries<T, Tile>, ceil_div(p.q_len, Tile::rows) * p.heads * p.batch,
-                               relative_query_bytes<Tile>()))
-    return error;
-  if (!p.grad_rel_q && !p.grad_rel_k && !p.grad_diag) return cudaSuccess;
-  if (const int error = launch(attention_relative_distances<T, Tile>, ceil_div(w.length, Tile::rows) * w.slots,
-                               ByDistance<T, Tile>::bytes))
-    return error;
-  if (const int error = sum_table(w, w.work.of_queries, p.rel_index, p.rel_q_batch, p.rel_q_heads, p.rel_rows,
-                                  p.head_dim, p.scale, p.grad_rel_q, stream))
-    return error;
-  if (const int error = sum_table(w, w.work.of_keys, p.rel_index, p.rel_k_batch, p.rel_k_heads, p.rel_rows, p.head_dim,
-                                  p.scale, p.grad_rel_k, stream))
-    return error;
-  return sum_table(w, w.work.of_bias, p.diag_index, 1, p.diag_heads, p.diag_rows, 1, 1, p.grad_diag, stream);
-}
-
-template <class T>
-int with_width(const AttentionProblem& p, const RelativeWorkspace& w, cudaStream_t stream) {
-  const int64_t width = max_of(p.head_dim, p.value_dim);
-  if (p.rel_k.data) {
-    if (width <= 64) return launch_relative<T, RelativeBackward<64, true>>(p, w, stream);
-    if (width <= 128) return launch_relative<T, RelativeBackward<128, true>>(p, w, stream);
-    return cudaErrorInvalidValue;
+int launch_relative(const AttentionProblem& p, Tile tile, cudaStream_t stream) {
+  const RelativeTurnsWork w(p, p.workspace, tile);
+  if (const int error = prepare<T, Tile::queries>(p, w.of, stream)) return error;
+  if (const int error = write_rows<T, RowOrder::natural, RowOrder::natural>(p, w.rows, stream)) return error;
+  const int64_t slots = p.batch * p.heads * w.chains * w.distances;
+  if (const int error = clear(w, w.of_rows, w.of_rows ? slots * Tile::width : 0, stream)) return error;
+  if (const int error = clear(w, w.of_bias, w.of_bias ? slots : 0, stream)) return error;
+  const int64_t blocks = w.key_blocks * p.batch * p.kv_heads, tiles = p.batch * p.heads * w.steps;
+  if (blocks > INT32_MAX || tiles > INT32_MAX) return cudaErrorInvalidValue;
+  if (blocks > 0) {
+    if (const int error = ptx::launch(attention_relative_turns<T, Tile>, dim3(unsigned(blocks)), dim3(Tile::threads),
+                                      Tile::shared_bytes, stream, p, w))
+      return error;
   }
-  if (width <= 64) return launch_relative<T, RelativeBackward<64, false>>(p, w, stream);
-  if (width <= 128) return launch_relative<T, RelativeBackward<128, false>>(p, w, stream);
-  return cudaErrorInvalidValue;
+  if (tiles > 0) {
+    if (const int error = ptx::launch(attention_relative_finish<T, Tile>, dim3(unsigned(tiles)), dim3(Tile::threads), 0,
+                                      stream, p, w))
+      return error;
+  }
+  const TableGradient of_rows{p.grad_rel_q, p.rel_index, p.rel_q_batch, p.rel_q_heads, p.rel_rows, p.head_dim, p.scale};
+  if (const int error = sum_by_table(p, w, w.of_rows, w.rows_by_table, Tile::width, of_rows, stream)) return error;
+  const TableGradient of_bias{p.grad_diag, p.diag_index, 1, p.diag_heads, p.diag_rows, 1, 1};
+  return sum_by_table(p, w, w.of_bias, w.bias_by_table, 1, of_bias, stream);
 }
 
 }  // namespace
 }  // namespace pyext
 
 extern "C" int64_t pyext_cuda_attention_relative_backward_workspace(const pyext::AttentionProblem& p) {
-  return pyext::RelativeWorkspace(p, nullptr).bytes;
+  int64_t bytes = 0;
+  pyext::with_tile(p, [&](auto tile) {
+    bytes = pyext::RelativeTurnsWork(p, nullptr, tile).of.bytes;
+    return 0;
+  });
+  return bytes;
 }
 
 extern "C" int pyext_cuda_attention_relative_backward(const pyext::AttentionProblem& p, void* stream) {
   using namespace pyext;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (!p.rel_q.data ||
-      !fits_tiles(p, p.query, p.key, p.value, p.out, p.grad_out, p.rel_query, p.rel_q, p.rel_k, p.grad_rel_query))
+  if (!p.rel_q.data || p.rel_k.data ||
+      !fits_tiles(p, p.query, p.key, p.value, p.out, p.grad_out, p.rel_query, p.rel_q, p.grad_rel_query))
     return cudaErrorInvalidValue;
-  const RelativeWorkspace w(p, p.workspace);
-  return with_half(p.dtype, [&](auto element) { return with_width<decltype(element)>(p, w, s); });
+  return with_half(p.dtype, [&](auto element) {
+    return with_tile(p, [&](auto tile) { return launch_relative<decltype(element)>(p, tile, s); });
+  });
 }

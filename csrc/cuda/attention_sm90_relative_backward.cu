@@ -452,15 +452,14 @@ int launch_queries(const AttentionProblem& p, const Sources& from, const HopperR
   }
 }
 
-int sum_slots(const AttentionProblem& p, const HopperRelativeWorkspace& w, cudaStream_t stream) {
+int sum_rows(const AttentionProblem& p, const HopperRelativeWorkspace& w, cudaStream_t stream) {
   const int64_t entries = p.rel_q_batch * p.rel_q_heads * RelativeRows(p).count * p.head_dim;
   if (ceil_div(entries, 256) > INT32_MAX) return cudaErrorInvalidValue;
   const int error = ptx::launch(attention_relative_sum_slots, dim3(unsigned(ceil_div(entries, 256))), dim3(256), 0,
                                 stream, p, w.slots, w.per_head, w.by_distance);
   if (error) return error;
-  const RelativeGroups groups{p.rel_q_batch, p.rel_q_heads, 1};
-  return sum_by_rows(w.by_distance, groups, p.rel_index, w.length, p.rel_q_batch, p.rel_q_heads, p.rel_rows, p.head_dim,
-                     p.scale, p.grad_rel_q, stream);
+  return sum_table(p, {w.by_distance, p.rel_q_batch, p.rel_q_heads, 1, w.length, int(p.head_dim)},
+                   {p.grad_rel_q, p.rel_index, p.rel_q_batch, p.rel_q_heads, p.rel_rows, p.head_dim, p.scale}, stream);
 }
 
 template <class T, int width>
@@ -476,7 +475,7 @@ int launch_backward(const AttentionProblem& p, const HopperRelativeWorkspace& w,
   if (const int failed = launch_keys<T, width, false, true>(p, from, w.base, stream)) return failed;
   if (!p.grad_rel_q) return launch_queries<T, width, false>(p, from, w, stream);
   if (const int failed = launch_queries<T, width, true>(p, from, w, stream)) return failed;
-  return sum_slots(p, w, stream);
+  return sum_rows(p, w, stream);
 }
 
 }  // namespace

@@ -86,19 +86,30 @@ inline int expand_strips(const AttentionProblem& p, const AttentionWorkspace& w,
                      w.strip_margin, w.strip_pitch, p.diag_heads);
 }
 
-// sums[h, u] = the sum of slots[b, i, s, u] over b, s and the heads i that share strip h, in this order.
+// sums[c, h, u] = the sum of slots[b, i, s, u] over s, the heads i that share table h and the entries b of the batch
+// that share table c, in this order. `tables` of them in all, `heads_of` for each c.
 __global__ void __launch_bounds__(256)
     attention_strips_sum(const float* slots, int64_t batch, int64_t heads, int64_t slot_count, int64_t length,
-                         int64_t strips, float* sums) {
-  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x, sharing = strips == 1 ? heads : 1;
+                         int64_t tables, int64_t heads_of, float* sums) {
+  const int64_t u = blockIdx.x * int64_t(256) + threadIdx.x;
+  const int64_t sharing = heads / heads_of, entries = batch / (tables / heads_of);
   if (u >= length) return;
-  for (int64_t strip = blockIdx.y; strip < strips; strip += gridDim.y) {
+  for (int64_t table = blockIdx.y; table < tables; table += gridDim.y) {
+    const int64_t first = table / heads_of * entries, strip = table % heads_of;
     float sum = 0;
-    for (int64_t b = 0; b < batch; ++b)
+    for (int64_t b = first; b < first + entries; ++b)
       for (int64_t i = strip * sharing; i < (strip + 1) * sharing; ++i)
         for (int64_t s = 0; s < slot_count; ++s) sum += slots[((b * heads + i) * slot_count + s) * length + u];
-    sums[strip * length + u] = sum;
+    sums[table * length + u] = sum;
   }
+}
+
+// Slots of every head -> (batches or 1, heads_of or 1, length).
+inline int sum_slots(const float* slots, int64_t batch, int64_t heads, int64_t slot_count, int64_t length,
+                     int64_t batches, int64_t heads_of, float* sums, cudaStream_t stream) {
+  if (batches * heads_of * length == 0) return cudaSuccess;
+  return ptx::launch(attention_strips_sum, dim3(unsigned(ceil_div(length, 256)), grid_yz(batches * heads_of)),
+                     dim3(256), 0, stream, slots, batch, heads, slot_count, length, batches * heads_of, heads_of, sums);
 }
 
 // gradient[h, r] = the sum of strip_gradients[h, u] over the distances u of row r: one block each, in a fixed order.
@@ -119,12 +130,9 @@ inline int sum_strips(const AttentionProblem& p, const AttentionWorkspace& w, cu
   float* const gradient = static_cast<float*>(p.grad_diag);
   const int64_t rows = p.diag_heads * p.diag_rows;
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
-  if (p.diag_heads * w.strip_length > 0) {
-    const int error =
-        ptx::launch(attention_strips_sum, strips_grid(p, w.strip_length), dim3(256), 0, stream, w.slots, p.batch,
-                    p.heads, w.slot_count, w.strip_length, p.diag_heads, p.diag_index ? w.strip_gradients : gradient);
-    if (error) return error;
-  }
+  if (const int error = sum_slots(w.slots, p.batch, p.heads, w.slot_count, w.strip_length, 1, p.diag_heads,
+                                  p.diag_index ? w.strip_gradients : gradient, stream))
+    return error;
   if (!p.diag_index || rows == 0) return cudaSuccess;
   return ptx::launch(attention_strips_by_row, dim3(unsigned(rows)), dim3(256), 32 * sizeof(float), stream,
                      w.strip_gradients, p.diag_index, w.strip_length, int(p.diag_rows), gradient);

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pyext.ops._cuda_attention import TILES
 from .compiled import SOURCES, Kernel, kernels
 from .loops import MULTIPLICATIONS, per_tile
 from .model import A100, ALU, FMA, NAMES, table
-from .sass import Instruction, of_full_tiles
+from .sass import Instruction, alternatives, count, of_full_tiles
 
 #: What FlashAttention-2 reaches of the tensor cores' peak with these products, its only bound: forward, A100.
 EFFICIENCY = 0.73
@@ -50,13 +49,18 @@ class Tile:
             tables = ("forward", "relative", "relative, both").index(kind)
             moved = 2 * (2 + tables) * columns * width
             return cls(kind, width, warps, rows, columns, bias, 4 * rows * columns * width, moved, shared)
-        if match := re.search(r"_relative_(keys|queries)<\w+, RelativeBackward<(\d+), (\w+)>", kernel.name):
-            width, both = int(match[2]), match[3] == "true"
-            shared = TILES[width].relative_both_backward if both else TILES[width].relative_backward
-            kind = "dK, dV" if match[1] == "keys" else "dQ"
-            tables = 1 + both + (match[1] == "keys")  # there, those of the queries' side, too
-            moved, bias = 2 * (2 + tables) * 32 * width, "rows of both" if both else "rows"
-            return cls(kind, width, 4, 64, 32, bias, 10 * 64 * 32 * width, moved, shared)
+        if match := re.search(r"_relative_(keys|queries)<\w+, RelativeBackward<(\d+)>", kernel.name):
+            width, kind = int(match[2]), "dK, dV" if match[1] == "keys" else "dQ"
+            shared = TILES[width].relative_both_backward
+            moved = 2 * (2 + 2 + (match[1] == "keys")) * 32 * width  # relative queries, too, beside keys
+            return cls(kind, width, 4, 64, 32, "rows of both", 10 * 64 * 32 * width, moved, shared)
+        if match := re.search(r"_relative_turns<\w+, RelativeTurns<(\d+), (\d+), (\w+)>", kernel.name):
+            width, columns = map(int, match.groups()[:2])
+            # Q, rel_query, dO, and a chunk of relative rows; the sums of dQ and two more of its size, forth and back.
+            moved = (2 * 4 + 2 * 3 * 4) * columns * width
+            flops = 10 * 128 * columns * width
+            bias = "" if match[3] == "false" else "segments, diagonal"
+            return cls("relative", width, 8, 128, columns, bias, flops, moved, TILES[width].relative_backward)
         match = re.search(r"_backward<\w+, BackwardTile<([\d, ]+)>, (\w+), (\w+)>", kernel.name)
         width, m, key_warps, query_warps, columns = map(int, match[1].split(", ")[:5])
         gradient = match[3] == "true"
@@ -76,8 +80,21 @@ def code(kernel: Kernel) -> list[tuple[Instruction, int]]:
     return [(i, times) for i, times in every if i.address in full]
 
 
+def shared_out(body: list[tuple[Instruction, int]]) -> list[tuple[Instruction, float]]:
+    """As the mean warp has it: half of the warps take each of two branches."""
+    halves = {i.address for pair in alternatives([i for i, _ in body]) for half in pair for i in half}
+    return [(i, times / 2 if i.address in halves else times) for i, times in body]
+
+
+def longest(body: list[tuple[Instruction, int]]) -> list[tuple[Instruction, int]]:
+    """As those warps have it that take the branches with most products."""
+    pairs = alternatives([i for i, _ in body])
+    left = {i.address for pair in pairs for i in min(pair, key=lambda half: count(half, "HMMA"))}
+    return [(i, times) for i, times in body if i.address not in left]
+
+
 def cycles(kernel: Kernel) -> dict[str, float]:
-    tile, body = Tile.of(kernel), code(kernel)
+    tile, body = Tile.of(kernel), shared_out(code(kernel))
     products = sum(times for i, times in body if i.name == "HMMA")
     units = A100.units(body, tile.warps, 2 * MULTIPLICATIONS * products * tile.warps, 0, 0)
     return units | {"L2": tile.moved / A100.l2_bytes}
@@ -127,7 +144,7 @@ def alone(kernel: Kernel) -> float:
     body: list[Instruction] = []
     run: list[Instruction] = []
     repeated = 1
-    for i, times in [*code(kernel), (Instruction(0, "NOP"), 0)]:
+    for i, times in [*longest(code(kernel)), (Instruction(0, "NOP"), 0)]:
         if times != repeated:
             body, run, repeated = body + run * repeated, [], times
         run.append(i)
@@ -191,11 +208,11 @@ def of(stem: str) -> Iterator[list]:
         yield [*_cells(p), *_speed(p.tile.flops, p.cycles)]
 
 
-def of_relative_backward() -> Iterator[list]:
+def of_both_backward() -> Iterator[list]:
     """Of the kernels that have a block of keys or of queries; those of tables are not in it."""
-    every = {(p.tile.kind, p.tile.width, p.tile.bias): p for p in predictions("attention_sm80_relative_backward")}
-    for width, bias in itertools.product((64, 128), ("rows", "rows of both")):
-        keys, queries = every["dK, dV", width, bias], every["dQ", width, bias]
+    every = {(p.tile.kind, p.tile.width): p for p in predictions("attention_sm80_relative_both_backward")}
+    for width in (64, 128):
+        keys, queries = every["dK, dV", width], every["dQ", width]
         yield [*_cells(keys), "", "", ""]
         yield [*_cells(queries), *_speed(queries.tile.flops, keys.cycles + queries.cycles)]
 
@@ -204,7 +221,8 @@ def main() -> None:
     titles = ("kernel", "width", "rows x keys", "bias", "blocks", *NAMES, "a warp alone", "limit")
     titles = (*titles, "at most", "predicted", "of peak")
     forward = (row for stem in ("attention_sm80", "attention_sm80_relative") for row in of(stem))
-    for rows in (forward, of("attention_sm80_backward"), of_relative_backward()):
+    backward = (row for stem in ("attention_sm80_backward", "attention_sm80_relative_backward") for row in of(stem))
+    for rows in (forward, backward, of_both_backward()):
         print("\n".join([*table(titles, rows), ""]))
 
 

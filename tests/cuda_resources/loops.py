@@ -30,12 +30,20 @@ KERNELS: dict[str, Callable[..., int]] = {
     r"attention_backward<\w+, BackwardTile<(\d+), (\d+), \d+, (\d+), (\d+), \d+, \d+, \d+>, \w+, \w+>": (
         lambda width, m, query_warps, queries: 5 * 16 * m * queries * width // query_warps
     ),
-    # With 48 distances of a warp's 16 rows, and 16 x 16 of columns and distances in three turns of the warps.
-    r"attention_relative_keys<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
-        lambda width, both: (4 * 16 * 32 + 3 * 16 * 16 + both * 2 * 16 * 48) * width
+    # Of 128 keys and some queries there are as many distances as both together, in chunks: three products with them.
+    # For 64 features two groups of warps share the chunks of one; for 128 eight warps share 18 octets of another. Half
+    # of the warps have the whole of the third, the others that of dQ: both are in the code.
+    r"attention_relative_turns<\w+, RelativeTurns<(\d+), (\d+), \w+> ?>": (
+        lambda width, queries: (
+            (4 * 128 + 2 * 128 + {64: 192 + 160 + 2 * 160, 128: 144 + 192 + 2 * 144}[width]) * queries * width // 8
+        )
     ),
-    r"attention_relative_queries<\w+, RelativeBackward<(\d+), (\w+)> ?>": (
-        lambda width, both: (3 * 16 * 32 + 2 * 16 * 48 + both * 3 * 16 * 16) * width
+    # With 48 distances of a warp's 16 rows, and 16 x 16 of columns and distances in three turns of the warps.
+    r"attention_relative_keys<\w+, RelativeBackward<(\d+)> ?>": (
+        lambda width: (4 * 16 * 32 + 3 * 16 * 16 + 2 * 16 * 48) * width
+    ),
+    r"attention_relative_queries<\w+, RelativeBackward<(\d+)> ?>": (
+        lambda width: (3 * 16 * 32 + 2 * 16 * 48 + 3 * 16 * 16) * width
     ),
 }
 MULTIPLICATIONS = 16 * 8 * 16  # of one HMMA
@@ -45,7 +53,7 @@ def complaint(kernel: Kernel) -> str | None:
     """What is wrong with the loops of a kernel of attention, or None; also None for all other kernels."""
     for pattern, multiplications in KERNELS.items():
         if match := re.fullmatch(pattern, kernel.name):
-            sizes = [group == "true" if group in ("true", "false") else int(group) for group in match.groups()]
+            sizes = [int(group) for group in match.groups()]
             wanted = multiplications(*sizes) // MULTIPLICATIONS
             found = sum(times for i, times in per_tile(kernel, width=sizes[0]) if i.name == "HMMA")
             if re.search(r"\b(LDL|STL)\b", kernel.sass):
@@ -59,7 +67,7 @@ def per_tile(kernel: Kernel, width: int, copies: int = 1) -> list[tuple[Instruct
     the rows of one tile."""
     body, inner = _loop(kernel.sass)
     at_once = re.search(r"BackwardTile<.*, (\d+)>,", kernel.name)  # steps of 16 features of an iteration
-    products = width // 16 // (int(at_once[1]) if at_once else 2)
+    products = width // 16 // (int(at_once[1]) if at_once else 1 if "Turns<128" in kernel.name else 2)
 
     def times(loop: list[Instruction]) -> int:
         if count(loop, "HMMA"):

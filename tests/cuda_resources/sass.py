@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -76,3 +77,14 @@ def of_full_tiles(body: list[Instruction]) -> list[Instruction]:
             if names["FSEL"] >= 16 and not (names["HGMMA"] or names["HMMA"] or names["MUFU"]):
                 skipped |= {i.address for i in inside}
     return [i for i in body if i.address not in skipped]
+
+
+def alternatives(body: list[Instruction]) -> Iterator[tuple[list[Instruction], list[Instruction]]]:
+    """Two branches with products, of which a warp takes one: if (...) {first} else {second}."""
+    at = {i.address: n for n, i in enumerate(body)}
+    for n, branch in enumerate(body):
+        middle = at.get(branch.target, 0)
+        end = at.get(body[middle - 1].target, 0) if middle > n and body[middle - 1].name == "BRA" else 0
+        first, second = body[n + 1 : middle], body[middle:end]
+        if end > middle and count(first, "HMMA") and count(second, "HMMA"):
+            yield first, second

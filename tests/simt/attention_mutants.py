@@ -15,7 +15,8 @@ RUNS = [
 _Forward = functools.partial(Mutant, "attention_sm80")
 _Backward = functools.partial(Mutant, "attention_sm80_backward")
 _Rows = functools.partial(Mutant, "attention_sm80_relative")
-_Relative = functools.partial(Mutant, "attention_sm80_relative_backward")
+_Turns = functools.partial(Mutant, "attention_sm80_relative_backward")
+_Relative = functools.partial(Mutant, "attention_sm80_relative_both_backward")
 
 MUTANTS = [
     _Forward(
@@ -156,7 +157,7 @@ MUTANTS = [
     ),
     _Backward("what comes next is stored too early", "stages[(n + 1) % 2]", "stages[n % 2]", "causal"),
     _Backward("the gradient of the LSE forgotten", "p.grad_lse ? sum - float(p.grad_lse[at]) : sum", "sum", "plain"),
-    _Relative("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "grouped"),
+    _Relative("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "both, grouped"),
     _Backward(
         "one head of those that share keys",
         "w.steps ? 0 : sharing",
@@ -185,34 +186,34 @@ MUTANTS = [
     _Backward("half of a row's distances", "u += 256)\n    if (index", "u += 512)\n    if (index", "buckets"),
     _Backward("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "diagonal"),
     _Relative("keys before the first are read", "first <= n && n < last", "n < last", "both"),
-    _Relative("what queries bring in one place", "infos[n % Tile::stages];", "infos[0];", "relative"),
+    _Relative("what queries bring in one place", "infos[n % Tile::stages];", "infos[0];", "both"),
     _Relative(
-        "a ring of distances without an end", "(group < Tile::ring ? group : group - Tile::ring)", "group", "relative"
+        "a ring of distances without an end", "(group < Tile::ring ? group : group - Tile::ring)", "group", "both"
     ),
     _Relative(
         "most of a band taken as there",
         "follows = next.head == loaded.head && next.block == loaded.block + 1;",
         "follows = true;",
-        "grouped",
+        "both, grouped",
     ),
     _Relative(
         "products of queries read too early",
         "__syncthreads();  // all warps' products are there\n    skewed.add_to(p_t);",
         "skewed.add_to(p_t);",
-        "relative",
+        "both",
     ),
     _Relative(
         "products of keys read too early",
-        "__syncthreads();  // all warps' products are there\n      skewed_columns",
+        "__syncthreads();  // all warps' products are there\n    skewed_columns",
         "skewed_columns",
         "both",
     ),
-    _Relative("pairs that do not meet left as they were", "i < 16 * 16; i += 32", "i < 8 * 16; i += 32", "relative"),
+    _Relative("pairs that do not meet left as they were", "i < 16 * 16; i += 32", "i < 8 * 16; i += 32", "both"),
     _Relative(
         "dS read before all lanes wrote",
         "ptx::from_float<T>(ds[0][j][e]);\n    });\n    __syncwarp();",
         "ptx::from_float<T>(ds[0][j][e]);\n    });",
-        "relative",
+        "both",
     ),
     _Relative(
         "distances of a head left out", "batches * heads; n += w.parts", "batches * heads - 1; n += w.parts", "shared"
@@ -221,7 +222,7 @@ MUTANTS = [
         "a block of queries overwritten while others use it",
         "__syncthreads();  // all are done with the block before",
         "// the block before",
-        "relative",
+        "both",
     ),
     _Relative(
         "gradients of keys of the step before", "if (query < 0 || query >= rows) *key", "if (query < 0) *key", "both"
@@ -233,21 +234,80 @@ MUTANTS = [
         "both",
     ),
     _Relative(
-        "other warps' dS of queries read too early",
-        "__syncthreads();  // all warps' dS is there\n      block",
-        "block",
-        "relative",
+        "segments' gradients of two lanes of four",
+        ", both[k] += __shfl_xor_sync(~0u, both[k], 2);",
+        ";",
+        "both, segments",
     ),
+    _Relative("one of a row's distances", "found; found &= found - 1", "found; found = 0", "both"),
     _Relative(
-        "segments' gradients of two lanes of four", ", both[k] += __shfl_xor_sync(~0u, both[k], 2);", ";", "segments"
+        "one of the groups that share a table",
+        "n < groups_b * groups_h * slots.parts",
+        "n < slots.parts",
+        "both, segments",
     ),
-    _Relative("one of a row's distances", "found; found &= found - 1", "found; found = 0", "clipped"),
-    _Relative("one of the groups that share a table", "n < groups_b * groups_h * w.parts", "n < w.parts", "segments"),
     _Relative(
         "shares of a row read too early",
         "__syncthreads();\n  for (int i = threadIdx.x; i < features",
         "for (int i = threadIdx.x; i < features",
-        "clipped",
+        "both",
     ),
     _Relative("too little room for distances", "slots * length * features", "length * features", "shared"),
+    _Turns(
+        "tiles of queries are not waited for",
+        "ptx::cp_async_wait<0>();\n    __syncthreads();  // this",
+        "__syncthreads();  // this",
+        "relative",
+    ),
+    _Turns(
+        "no barrier before queries are overwritten",
+        "__syncthreads();  // this step's tiles are there, for all, and all are done with the last one's",
+        "",
+        "relative",
+    ),
+    _Turns(
+        "products of relative queries read too early",
+        "__syncthreads();  // all warps' products are there\n    products",
+        "products",
+        "relative",
+    ),
+    _Turns(
+        "other warps' dS read too early",
+        "__syncthreads();  // all warps' dS is there, and the sums are this block's to add to",
+        "",
+        "relative",
+    ),
+    _Turns("products of another distance", "lane_column() / 2 + e % 2 * 4;", "lane_column() + e % 2;", "relative"),
+    _Turns("a band overwritten while it is read", "ring = distances + queries;", "ring = distances;", "relative"),
+    _Turns("a window taken for the next one", "next.block == step.block + 1;", "true;", "again"),
+    _Turns("dS skewed by one", "key - query + Tile::queries - 1)", "key - query + Tile::queries)", "relative"),
+    _Turns("what no key is at left as it was", "clear_corners<T, Tile>(skewed);", "", "relative"),
+    _Turns("a chunk that begins with the one before", "clear(0), first = 0;", "first = 0;", "clipped"),
+    _Turns("a chunk replaces the others' sums", "{before[i][n][e] + sum[e],", "{sum[e],", "relative"),
+    _Turns("one chunk of a window", "if (--leaves == 0) break;", "break;", "relative"),
+    _Turns("sums by distance not zeroed", "if (at < slot_entries) slots[at] = 0;", "", "relative"),
+    _Turns(
+        "blocks do not wait for those before them",
+        "if (!idle && threadIdx.x == 0 && block.has_before())",
+        "if (false)",
+        "relative",
+    ),
+    _Turns("blocks wait for a step too few", "? index(step) - (step", "? index(step) - 1 - (step", "relative"),
+    _Turns(
+        "a window is left before its time", "max(index(step), index(next) - lead - 1)", "index(step) - lead", "grouped"
+    ),
+    _Turns("steps are told before all have added", "block.index(idle ? next : now)", "block.index(next)", "relative"),
+    _Turns("the last step is not told", "ptx::store_release(block.info.past, INT32_MAX);", ";", "relative"),
+    _Turns(
+        "sums of queries that begin anew", "of.number - w.chains < seen", "of.number - w.chains <= seen", "relative"
+    ),
+    _Turns("one sum of several", "chain < w.chains", "chain < 1", "clipped"),
+    _Turns("one head of those that share a table", "i < (strip + 1) * sharing", "i < strip * sharing + 1", "segments"),
+    _Turns("one entry of those that share a table", "b < first + entries", "b < first + 1", "segments"),
+    _Turns("segments' gradients of one warp", "info.segments[warp]", "info.segments[0]", "segments"),
+    _Turns("segments' gradients of half of the lanes", "lanes < 32; lanes *= 2", "lanes < 16; lanes *= 2", "segments"),
+    _Turns("a bias' gradient a query late", "if (in_chunk >= 0)", "if (in_chunk > 0)", "segments"),
+    _Turns("tables from the first distance on", "by_table + w.before * pitch", "by_table", "relative"),
+    _Turns("one of a row's distances", "found; found &= found - 1", "found; found = 0", "clipped"),
+    _Turns("too little workspace", "count * int64_t(sizeof(Element))", "count * int64_t(2)", "relative"),
 ]

@@ -76,7 +76,8 @@ def backward(launch, grad_out, grad_lse, query, key, value, out, lse, *arguments
     *rest, _, need_diag, need_rel_q, need_rel_k, need_segment = arguments
     call = Call(query, key, value, *rest)
     if call.rel_q is not None:
-        launch = launch.of(launch.operator.replace("attention_", "attention_relative_"))
+        both = "" if call.rel_k is None else "_both"
+        launch = launch.of(launch.operator.replace("attention_", f"attention_relative{both}_"))
     p, inputs = _problem(call)
     inputs |= dict(grad_out=_as_rows(grad_out), out=_as_rows(out), lse=lse.contiguous())
     p.grad_out, p.out, p.lse = view(inputs["grad_out"]), view(inputs["out"]), inputs["lse"].data_ptr()

@@ -45,8 +45,13 @@ RELATIVE = {
     "shared": case(
         Shape(3, 2, 2, 33, 40, 64, 64), disentangled(heads="1"), diagonal("1"), documents(batched=True, cross=True)
     ),
+    "again": case(Shape(1, 2, 1, 150, 90, 64, 64), shaw(9), documents(cross=True, rolled=True, count=3)),
+    "both, grouped": case(Shape(1, 4, 2, 60, 50, 64, 64), disentangled(max_position=20), window(9, 2)),
+    "both, segments": case(Shape(2, 2, 2, 50, 75, 64, 64), disentangled(heads="1"), segment(), diagonal()),
     "segments": case(Shape(2, 2, 2, 50, 75, 64, 64), transformer_xl("xlnet", heads="1"), segment(), diagonal()),
 }
+OF_BOTH = {name: probe for name, probe in RELATIVE.items() if name.startswith(("both", "shared"))}
+OF_QUERIES = {name: probe for name, probe in RELATIVE.items() if name not in OF_BOTH}
 FORWARD = {**PROBES, **RELATIVE}
 
 

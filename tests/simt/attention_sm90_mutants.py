@@ -298,7 +298,7 @@ MUTANTS += [
         "distance_of_row<RowOrder::natural>(int(row % 32))",
     ),
     _relative("sums of one head for all", ", one table", "n < heads * per_head", "n < per_head"),
-    _relative("dR without the scale", ", clipped", "p.scale, p.grad_rel_q", "1, p.grad_rel_q"),
+    _relative("dR without the scale", ", clipped", "p.head_dim, p.scale}", "p.head_dim, 1}"),
     _relative(
         "gradients over queries that lanes still load",
         ", wide",

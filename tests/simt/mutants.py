@@ -57,6 +57,13 @@ SMALL = {
         _ROUNDS[1],
     ),
     "attention_sm80_relative_backward": (
+        ("RelativeTurns<64, 32, true>", "RelativeTurns<64, 16, true>"),
+        ("warps = 8, threads", "warps = 2, threads"),
+        ("kThreads = 256,", "kThreads = 64,"),
+        ("kChains = 16", "kChains = 4"),
+        _ROUNDS[1],
+    ),
+    "attention_sm80_relative_both_backward": (
         ("kThreads = 256,", "kThreads = 64,"),
         ("kStepRows = 64,", "kStepRows = 32,"),
         ("kRelativeRows = 64, kRelativeColumns = 32", "kRelativeRows = 32, kRelativeColumns = 16"),
@@ -99,10 +106,16 @@ _CUTS = {
     ),
     "attention_sm80_relative_backward": (
         ("return of_type(bf16());", _REFUSED),
-        *(
-            (_OTHER_WIDTHS(128, "launch_relative", f"RelativeBackward<128, {of_both}>"), "")
-            for of_both in ("true", "false")
+        ("const bool extras = p.segment || p.diag;", "const bool extras = true;"),
+        ("f(RelativeTurns<64, 32, false>())", "cudaErrorInvalidValue"),
+        (
+            "if (width <= 128) return extras ? f(RelativeTurns<128, 16, true>()) : f(RelativeTurns<128, 16, false>());",
+            "",
         ),
+    ),
+    "attention_sm80_relative_both_backward": (
+        ("return of_type(bf16());", _REFUSED),
+        (_OTHER_WIDTHS(128, "launch_relative", "RelativeBackward<128>"), ""),
     ),
 }
 
@@ -208,7 +221,8 @@ def check(stem: str, dtype: torch.dtype, seed: int, probe: str = "") -> None:
         ("attention_sm80", attention_probes.PROBES, attention_probes.check),
         ("attention_sm80_relative", attention_probes.RELATIVE, attention_probes.check),
         ("attention_sm80_backward", attention_probes.PROBES, attention_probes.check),
-        ("attention_sm80_relative_backward", attention_probes.RELATIVE, attention_probes.check),
+        ("attention_sm80_relative_backward", attention_probes.OF_QUERIES, attention_probes.check),
+        ("attention_sm80_relative_both_backward", attention_probes.OF_BOTH, attention_probes.check),
     ):
         if stem == stems:
             for name in [probe] if probe else probes:

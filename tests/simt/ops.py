@@ -25,7 +25,8 @@ from .runtime import Machine, machine
 Tensor = torch.Tensor
 STEMS = (
     *("rotary", "glu", "moe_route", "moe_dispatch"),
-    *("attention_sm80", "attention_sm80_backward", "attention_sm80_relative", "attention_sm80_relative_backward"),
+    *("attention_sm80", "attention_sm80_backward", "attention_sm80_relative"),
+    *("attention_sm80_relative_backward", "attention_sm80_relative_both_backward"),
 )
 SOURCES = {name: Kernel(f"csrc/cuda/{name}.cu") for name in STEMS}
 #: In place of those for sm_80, for what csrc/cuda/attention_sm90*.cu take.
@@ -216,6 +217,8 @@ OPERATORS = {
 #: name: {launcher: source} of those that an operator has besides.
 VARIANTS = {
     "attention_forward": {"attention_relative_forward": "attention_sm80_relative"},
-    "attention_backward": {"attention_relative_backward": "attention_sm80_relative_backward"},
+    "attention_backward": {
+        f"attention_relative{both}_backward": f"attention_sm80_relative{both}_backward" for both in ("", "_both")
+    },
     "attention_backward_sm90": {"attention_relative_backward_sm90": "attention_sm90_relative_backward"},
 }

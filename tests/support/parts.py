@@ -155,10 +155,10 @@ def padding(c: Context, keys=None, queries=None) -> Term:
 
 
 @part
-def documents(c: Context, batched=False, cross=False, count=4, mixed=False) -> Term:
+def documents(c: Context, batched=False, cross=False, count=4, mixed=False, rolled=False) -> Term:
     """Ids of packed sequences, contiguous unless mixed; with cross the keys have their own, not all on both sides.
 
-    Then the first query's document has no key.
+    Then the first query's document has no key. Rolled, queries of the last document stand before all others, too.
     """
     s = c.shape
     rows = s.b if batched else 1
@@ -169,6 +169,8 @@ def documents(c: Context, batched=False, cross=False, count=4, mixed=False) -> T
 
     ids_q = ids(s.lq)
     ids_k = ids(s.lk) if cross else ids_q.clone()
+    if rolled:
+        ids_q = ids_q.roll(s.lq // 3, -1)
     if cross:
         ids_q[:, :1] = count
     allowed = (ids_q.unsqueeze(-1) == ids_k.unsqueeze(-2)).unsqueeze(1)

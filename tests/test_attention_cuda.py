@@ -391,7 +391,7 @@ def test_gpus_with_less_shared_memory(monkeypatch):
 
     assert [width for width in (64, 96, 128) if refusal(width, False) is None] == [64, 96, 128]
     assert [width for width in (64, 96, 128) if refusal(width, True) is None] == [64]
-    assert refusal(128, True) == "a block of the GPU has 101376 bytes of shared memory, and its kernels need 161328"
+    assert refusal(128, True) == "a block of the GPU has 101376 bytes of shared memory, and its kernels need 161336"
 
 
 def test_not_in_the_tests_of_all_calls():

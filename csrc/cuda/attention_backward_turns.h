@@ -79,6 +79,18 @@ struct KeyBlock {
   }
 };
 
+// The next step from `block` on, or before it with direction -1, whose queries see one of the keys [begin, end); where
+// none does, one that does not exist. Warps look at 32 at once: a causal mask leaves many behind.
+template <int direction>
+PYEXT_DEVICE int find_step(const Range* ranges, int block, int steps, int begin, int end) {
+  for (;; block += 32 * direction) {
+    const int own = block + direction * int(threadIdx.x % 32);
+    const unsigned found = __ballot_sync(~0u, unsigned(own) < unsigned(steps) && ranges[own].meets(begin, end));
+    if (found) return block + direction * (__ffs(int(found)) - 1);
+    if (unsigned(block + 31 * direction) >= unsigned(steps)) return direction > 0 ? steps : -1;
+  }
+}
+
 // The sum of dQ so far, as this thread holds it of a step's tile; it goes there again with the block's part in it.
 template <class Tile>
 struct QuerySum {

@@ -32,6 +32,7 @@ struct BackwardTile {
     int* past;
     int64_t parts, slots;  // where they begin; not addresses, which would not be known to be global ones
     int ticket, batch, kv_head, first_key, first_head, told;
+    int lowest, highest;  // of the steps whose queries see one of the keys
   };
   static constexpr int shared_bytes(bool diagonals) {
     return 2 * (tile_elements<width>(2 * keys + 4 * queries) + tile_elements<queries>(keys)) + int(sizeof(Shared)) +
@@ -171,13 +172,18 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     other.parts = w.part(key_block % w.chains, p.batch * p.heads, head, 0, Tile::part) - w.parts;
     if (diagonals) other.slots = (head * w.of.slot_count + key_block % w.of.slot_count) * w.of.strip_length;
   }
+  if (threadIdx.x < 32) {
+    const int lowest = find_step<1>(w.ranges(batch), 0, w.steps, first_key, first_key + kKeys);
+    const int highest = find_step<-1>(w.ranges(batch), w.steps - 1, w.steps, first_key, first_key + kKeys);
+    if (threadIdx.x == 0) other.lowest = lowest, other.highest = highest;
+  }
   __syncthreads();
   const auto range = [&](int block) {  // at once: everybody waits for it
     const int4 r = reinterpret_cast<const int4*>(w.ranges(other.batch))[block];
     return Range{r.x, r.y, r.z, r.w};
   };
   const auto after = [&](Step step) {
-    if (--step.block < 0) ++step.head, step.block = w.steps - 1;
+    if (--step.block < other.lowest) ++step.head, step.block = other.highest;
     return step;
   };
   // The step, whose queries see `seen`, or the next one whose queries see a key of this block.
@@ -207,8 +213,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   const T* value = static_cast<const T*>(p.value.data) + batch * p.value.batch + kv_head * p.value.head;
   load_tile<Tile::threads, kKeys>(keys, key, p.key.row, first_key, p.k_len, p.head_dim);
   load_tile<Tile::threads, kKeys>(values, value, p.value.row, first_key, p.k_len, p.value_dim);
-  Step next{w.steps ? 0 : sharing, w.steps - 1};
-  if (w.steps) next = settled(next, range(next.block));
+  Step next{other.highest < 0 ? sharing : 0, other.highest};
+  if (next.head < sharing) next = settled(next, range(next.block));
   load(next, 0);
   ahead.store(other.stages[0], p, int64_t(next.block) * kQueries);
   const int own = rows.first_key(), row = own + lane_row(), column = rows.first_query();

@@ -134,15 +134,17 @@ struct RelativeKeys {
   }
   // The step, or the next one whose queries see a key of this block.
   PYEXT_DEVICE Step settled(Step step) const {
-    for (; step.head < of.heads_end; ++step.head, step.block = 0)
-      for (; step.block < w.steps; ++step.block) {
-        const int4 r = reinterpret_cast<const int4*>(w.ranges(of.batch))[step.block];
+    const Range* const ranges = w.ranges(of.batch);
+    for (; step.head < of.heads_end; ++step.head, step.block = 0) {
+      while (step.block < w.steps) {
+        const int4 r = reinterpret_cast<const int4*>(ranges)[step.block];
         const Range seen{r.x, r.y, r.z, r.w};
-        if (!seen.meets(of.first_key, of.first_key + kKeys)) continue;
         step.all = seen.covers(of.first_key, of.first_key + kKeys);
         step.first = of.number - w.chains < seen.begin / kKeys;
-        return step;
+        if (seen.meets(of.first_key, of.first_key + kKeys)) return step;
+        step.block = find_step<1>(ranges, step.block + 1, w.steps, of.first_key, of.first_key + kKeys);
       }
+    }
     return step;
   }
   // follows: the step is that of the queries behind, and most of its distances are there.

@@ -160,10 +160,12 @@ MUTANTS = [
     _Relative("the LSE of rows that see nothing", "p.lse[at] == -double(INFINITY) ? 0.0f : ", "", "both, grouped"),
     _Backward(
         "one head of those that share keys",
-        "w.steps ? 0 : sharing",
-        "w.steps ? sharing - 1 : sharing",
+        "other.highest < 0 ? sharing : 0",
+        "other.highest < 0 ? sharing : sharing - 1",
         "causal",
     ),
+    _Backward("the first queries left out", "other.lowest = lowest,", "other.lowest = lowest + 1,", "causal"),
+    _Backward("the last queries left out", "other.highest = highest;", "other.highest = highest - 1;", "causal"),
     _Backward("ranges of another batch entry", "(of.ranges) + batch * steps", "(of.ranges)", "padding"),
     _Backward(
         "queries that see a part of the keys left out",
@@ -280,6 +282,7 @@ MUTANTS = [
     _Turns("products of another distance", "lane_column() / 2 + e % 2 * 4;", "lane_column() + e % 2;", "relative"),
     _Turns("a band overwritten while it is read", "ring = distances + queries;", "ring = distances;", "relative"),
     _Turns("a window taken for the next one", "next.block == step.block + 1;", "true;", "again"),
+    _Turns("queries that see keys left out", "(__ffs(int(found)) - 1)", "__ffs(int(found))", "again"),
     _Turns("dS skewed by one", "key - query + Tile::queries - 1)", "key - query + Tile::queries)", "relative"),
     _Turns("what no key is at left as it was", "clear_corners<T, Tile>(skewed);", "", "relative"),
     _Turns("a chunk that begins with the one before", "clear(0), first = 0;", "first = 0;", "clipped"),

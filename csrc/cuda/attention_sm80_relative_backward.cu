@@ -58,29 +58,6 @@ struct RelativeTurnsWork : BackwardWork {
 
 // --- Keys by queries ---
 
-// The warp's 16 rows of a tile that stays: in registers, if there are enough.
-template <class T, class Tile>
-struct OwnRows {
-  static constexpr bool in_registers = Tile::kRegisters;
-  uint32_t left[1][in_registers ? Tile::width / 16 : 1][4];
-
-  PYEXT_DEVICE void read(const SharedTile<T, Tile::width>& tile) {
-    if constexpr (in_registers) {
-#pragma unroll
-      for (int k = 0; k < Tile::width / 16; ++k)
-        ptx::ldmatrix(left[0][k],
-                      tile.at(threadIdx.x / 32 * 16 + threadIdx.x % 16, 16 * k + threadIdx.x % 32 / 16 * 8));
-    }
-  }
-  PYEXT_DEVICE void multiply(float (&sum)[1][Tile::N][4], const SharedTile<T, Tile::width>& tile,
-                             const SharedTile<T, Tile::width>& rows) const {
-    if constexpr (in_registers)
-      multiply_transposed(sum, left, rows);
-    else
-      multiply_transposed<1, Tile::N, 1>(sum, tile, threadIdx.x / 32 * 16, rows);
-  }
-};
-
 template <class T, class Tile>
 struct RelativeKeys {
   static constexpr int width = Tile::width, kKeys = Tile::keys, kQueries = Tile::queries, N = Tile::N;
@@ -98,7 +75,7 @@ struct RelativeKeys {
   const StepBand<T, Tile> products{pieces.take<float>(4 * kKeys * Tile::band_pitch)};
   typename Tile::Info& info = *pieces.take<typename Tile::Info>(sizeof(typename Tile::Info));
   const std::conditional_t<kRegisters, const OwnKeys, const OwnKeys&> of{taken()};
-  OwnRows<T, Tile> of_keys;
+  uint32_t left_keys[1][kRegisters ? width / 16 : 1][4];  // the warp's
   float grad_key[1][width / 8][4] = {}, grad_value[1][width / 8][4] = {};
   DistanceSums<T, Tile> by_distance;
 
@@ -169,7 +146,7 @@ struct RelativeKeys {
     if (threadIdx.x < Tile::distances) info.bias[threadIdx.x] = {0, int(threadIdx.x)};
     ptx::cp_async_wait<0>();
     __syncthreads();  // keys and values are there, for all
-    of_keys.read(keys);
+    if constexpr (kRegisters) read_left(left_keys, keys, own());
     if (threadIdx.x) return;
     info.past = w.past + int64_t(of.pair) * w.key_blocks + of.number;
     info.parts = w.part(of.number % w.chains, p.batch * p.heads, of.batch * p.heads, 0, Tile::part) - w.parts;
@@ -197,18 +174,34 @@ struct RelativeKeys {
       load_ids(row_ids, p.segment_k + of.batch * p.segment_k_batch, of.first_key + own() + lane_row(), p.k_len);
     products.multiply(rel_queries(n), band.from(entry(step)));
     float p_t[1][N][4] = {}, grads_t[1][N][4] = {};
-    of_keys.multiply(p_t, keys, queries(n));
+    if constexpr (kRegisters)
+      multiply_transposed(p_t, left_keys, queries(n));
+    else
+      multiply_both(p_t, queries(n), grads_t, grads(n));
     __syncthreads();  // all warps' products are there
     products.add_to(p_t);
     to_weights<Tile>(p_t, p, stage, row_ids, of.first_key, step.all);
     as_left<T>(left, p_t);
     multiply(grad_value, left, grads(n));
-    multiply_transposed<1, N, kRegisters ? 2 : 1>(grads_t, values, own(), grads(n));
+    if (kRegisters) multiply_transposed(grads_t, values, own(), grads(n));
     to_score_gradients(grads_t, p_t, stage);
     as_left<T>(left, grads_t);
     KeyRows<T, Tile>{ds_t}.store(left);
     skew<T, Tile>(skewed, left);
     if (Tile::extras && p.grad_segment) sum_segments(grads_t, row_ids, stage);
+  }
+  // Both at once: one waits for what it reads while the other multiplies.
+  PYEXT_DEVICE void multiply_both(float (&s_t)[1][N][4], const Rows& queries, float (&grads_t)[1][N][4],
+                                  const Rows& grads) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int k = 0; k < width; k += 16) {
+      uint32_t left[2][1][1][4];
+      const int row = own() + lane % 16, column = k + lane / 16 * 8;
+      ptx::ldmatrix(left[0][0][0], keys.at(row, column)), ptx::ldmatrix(left[1][0][0], values.at(row, column));
+      multiply_transposed(s_t, left[0], Rows{queries.at(0, k)});
+      multiply_transposed(grads_t, left[1], Rows{grads.at(0, k)});
+    }
   }
   // Of the warp's keys, by query: [0] those of another segment, [1] of the same one.
   PYEXT_DEVICE void sum_segments(const float (&grads_t)[1][N][4], const int (&row_ids)[2],

@@ -109,10 +109,9 @@ struct QueryTile {
 };
 
 // Sums of tiles along their diagonals: of 16 M rows and 8 N columns for each of `warps`, `across` of them side by side.
-// A warp's rows have diagonals in
-// octets: lane (g, t) holds, of each 8 x 8 block, columns 2 t and 2 t + 1, which lie on diagonals 2 t - g and
-// 2 t + 1 - g of it: on the same two of every octet. Carrying, tiles come from left to right without a gap, and the
-// octets of a tile that are the first ones of the next one are carried there.
+// A warp's rows have diagonals in octets: lane (g, t) holds, of each 8 x 8 block, columns 2 t and 2 t + 1, which lie on
+// diagonals 2 t - g and 2 t + 1 - g of it: on the same two of every octet. Carrying, tiles come from left to right
+// without a gap, and the octets of a tile that are the first ones of the next one are carried there.
 template <int warps, int M, int N, bool carries, int across = 1>
 struct DiagonalSums {
   static constexpr int carried_octets = 2 * M, octets = carries ? N : N + carried_octets, of_warp = 8 * octets;

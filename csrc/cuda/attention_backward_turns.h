@@ -60,7 +60,7 @@ inline int clear(const BackwardWork& w, float* slots, int64_t slot_entries, cuda
 
 // Queries of one head, then of the next that shares the keys; of each in an order that suits the kernel.
 struct Step {
-  int head, block;  // head: 0 is the first one of those that share the keys
+  int head, block;  // head: of all, or of those that share the keys, as the kernel counts
   bool all, first;  // whether these queries see all of the block's keys, and no key of a block of its chain before it
 };
 

@@ -1,7 +1,7 @@
-// What the backward kernels of relative rows share: bands of relative rows, tiles skewed from keys to distances, scores
-// of segments, and the sums that gradients of tables are. With rows r and columns c of a tile of dS, one of queries and
-// the other of keys, distances are c - r (rows are queries) or r - c (rows are keys) and a constant: a product with a
-// band of relative rows, and its gradient, are GEMMs of the tile skewed by that.
+// What the backward kernels of relative rows for sm_80 share: bands of relative rows, tiles skewed from keys to
+// distances, what a tile of queries brings, and its weights with segments and a bias. With rows r and columns c of a
+// tile of dS, one of queries and the other of keys, distances are c - r (rows are queries) or r - c (rows are keys) and
+// a constant: a product with a band of relative rows, and its gradient, are GEMMs of the tile skewed by that.
 #pragma once
 #include "attention_relative_rows.h"
 #include "attention_relative_sum.h"

@@ -241,7 +241,7 @@ struct RelativeKeys {
     by_distance.begin(w.steps - 1 - step.block);
     QuerySum<Half> sum;
     float* const own_part = part + (Half::relative() ? Half::tile : 0);
-    step.first ? sum.clear() : sum.load(own_part);
+    sum.begin(step.first, own_part);
     if (kRegisters && w.of_rows) by_distance.read(w.of_rows + chunk * width);
     multiply(grad_key, left, queries(n));
     if (Half::relative())

@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
     relative_both_backward: int | None = None  # the same with relative rows of keys
 
 
-#: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all but one.
+#: By the features that a row is filled up to. What an A100 lets a block have, 166,912 bytes, is enough for all.
 TILES = {
     64: Tiles(39_244, 80_704, 138_976, 67_896, 68_920, 140_080, 109_312),
     96: Tiles(82_508, 66_368, 161_472, 128_568, 130_616, 166_832, 146_624),
